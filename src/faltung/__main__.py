@@ -1,0 +1,5 @@
+"""``python -m faltung`` is the ``faltung`` command."""
+
+from .cli import main
+
+main()

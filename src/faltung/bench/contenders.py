@@ -1,0 +1,129 @@
+"""What is compared: faltung through its public path, and stock PyTorch.  A contender is a function without arguments that returns the result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib.metadata import version
+
+import torch
+from torch.nn import functional
+
+from ..problem import Format
+from .operands import Operands, pad_stock
+
+__all__ = ["Call", "Contender", "ours", "ours_call", "stock", "stock_call"]
+
+Call = Callable[[], tuple[torch.Tensor, ...]]
+
+
+@dataclass
+class Contender:
+    """One column of a comparison.  ``implementation`` names the algorithm, where it can be told; ``version`` that of the peer's package."""
+
+    provider: str
+    format: Format
+    call: Call
+    implementation: str = ""
+    version: str = field(default_factory=lambda: torch.__version__)
+
+
+def ours(operands: Operands) -> Contender:
+    """faltung; raises :class:`faltung.dispatch.Unsupported` where no implementation takes the problem."""
+    from .. import dispatch
+
+    decision = dispatch.decide(operands.problem, "cpu", torch.get_num_threads())
+    return Contender("faltung", operands.problem.format, ours_call(operands), decision.plan.implementation, version("faltung"))
+
+
+def stock(operands: Operands) -> Contender:
+    """PyTorch's own convolution."""
+    return Contender("stock", operands.problem.format, stock_call(operands), "aten")
+
+
+def stock_call(operands: Operands) -> Call:
+    """The call that PyTorch's users and its autograd make.
+
+    Padding that its convolution does not know is a padded copy, inside the time; a gradient through that copy is autograd's, its graph made
+    beforehand.
+    """
+    problem = operands.problem
+    left, right, top, bottom = problem.padding
+    plain = problem.padding_mode == "zeros" and (left, top) == (right, bottom)
+    x, weight, bias, gradient = operands.x, operands.weight, operands.bias, operands.gradient
+    stride, dilation, groups = problem.stride, problem.dilation, problem.g
+
+    if problem.direction == "forward":
+
+        def forward() -> tuple[torch.Tensor, ...]:
+            with torch.no_grad():
+                padded = x if plain else pad_stock(x, problem)
+                return (functional.conv2d(padded, weight, bias, stride, (top, left) if plain else 0, dilation, groups),)
+
+        return forward
+    if plain:
+        to_input = problem.direction == "grad_input"
+        with_bias = problem.epilogue.bias and not to_input
+        mask = [to_input, not to_input, with_bias]
+        sizes = [problem.k] if with_bias else None
+
+        def backward() -> tuple[torch.Tensor, ...]:
+            found = torch.ops.aten.convolution_backward(gradient, x, weight, sizes, stride, (top, left), dilation, False, (0, 0), groups, mask)
+            return tuple(t for t, wanted in zip(found, mask) if wanted)
+
+        return backward
+    return _through_autograd(operands)
+
+
+def _through_autograd(operands: Operands) -> Call:
+    problem = operands.problem
+    leaves = [operands.x] if problem.direction == "grad_input" else [operands.weight] + ([] if operands.bias is None else [operands.bias])
+    leaves = [t.detach().requires_grad_() for t in leaves]
+    if problem.direction == "grad_input":
+        x, weight, bias = leaves[0], operands.weight, None
+    else:
+        x, weight, bias = operands.x, leaves[0], leaves[1] if len(leaves) > 1 else None
+    output = functional.conv2d(pad_stock(x, problem), weight, bias, problem.stride, 0, problem.dilation, problem.g)
+    return lambda: torch.autograd.grad(output, leaves, operands.gradient, retain_graph=True)
+
+
+def ours_call(operands: Operands) -> Call:
+    """Faltung's own call: the public function forward, the functions below autograd for the gradients."""
+    import faltung
+
+    problem = operands.problem
+    x, weight, bias = operands.x, operands.weight, operands.bias
+    left, right, top, bottom = problem.padding
+    padding = (top, left) if (left, top) == (right, bottom) else (left, right, top, bottom)
+
+    def forward() -> tuple[torch.Tensor, ...]:
+        with torch.no_grad():
+            return (faltung.conv2d(x, weight, bias, problem.stride, padding, problem.dilation, problem.g, padding_mode=problem.padding_mode),)
+
+    if problem.direction == "forward":
+        return forward
+    return _ours_gradient(operands)
+
+
+def _ours_gradient(operands: Operands) -> Call:
+    from .. import dispatch
+
+    problem = operands.problem
+    launch = dispatch.plan(problem, "cpu", torch.get_num_threads()).launch
+    x, weight, gradient = operands.x, operands.weight, operands.gradient
+
+    def grad_input() -> tuple[torch.Tensor, ...]:
+        result = torch.empty_like(x)
+        launch(gradient.data_ptr(), weight.data_ptr(), 0, result.data_ptr())
+        return (result,)
+
+    def grad_weight() -> tuple[torch.Tensor, ...]:
+        result = torch.empty_like(weight)
+        if not problem.epilogue.bias:
+            launch(x.data_ptr(), gradient.data_ptr(), 0, result.data_ptr())
+            return (result,)
+        of_bias = torch.empty(problem.k, dtype=weight.dtype)
+        launch(x.data_ptr(), gradient.data_ptr(), of_bias.data_ptr(), result.data_ptr())
+        return result, of_bias
+
+    return grad_input if problem.direction == "grad_input" else grad_weight

@@ -1,0 +1,108 @@
+"""Other engines' forward pass of one float32 layer, where their packages are installed: torch.compile, ONNX Runtime, OpenVINO.
+
+Each runs a model of that one layer with its weights frozen, on as many threads as PyTorch has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+from ..problem import Format
+from .contenders import Contender
+from .operands import Operands, pad_stock
+
+__all__ = ["PEERS", "available", "make_peers"]
+
+
+def available() -> tuple[str, ...]:
+    """The peers whose packages are installed."""
+    needs = {"compile": (), "onnxruntime": ("onnx", "onnxruntime"), "openvino": ("onnx", "openvino")}
+    return tuple(name for name, packages in needs.items() if all(find_spec(package) for package in packages))
+
+
+def make_peers(operands: Mapping[Format, Operands], names: tuple[str, ...]) -> Iterator[Contender]:
+    """The contenders of ``names`` for float32 forward problems; nothing for another direction, type or padding mode.
+
+    ``operands``: the same values in each format; torch.compile runs in every one of them, the others in NCHW.
+    """
+    problem = next(iter(operands.values())).problem
+    if problem.direction != "forward" or problem.dtype != "f32" or problem.padding_mode != "zeros":
+        return
+    for name in names:
+        if name == "compile":
+            for fmt, tensors in operands.items():
+                yield Contender("compile", fmt, _compiled(tensors), "inductor, frozen")
+        elif "nchw" in operands:
+            yield PEERS[name](operands["nchw"])
+
+
+def _compiled(operands: Operands) -> Callable[[], tuple[torch.Tensor, ...]]:
+    import torch._inductor.config as inductor
+
+    problem = operands.problem
+    left, right, top, bottom = problem.padding
+    plain = (left, top) == (right, bottom)
+    layer = torch.nn.Conv2d(
+        problem.c, problem.k, (problem.r, problem.s), problem.stride, (top, left) if plain else 0, problem.dilation, problem.g, operands.bias is not None
+    )
+    with torch.no_grad():
+        layer.weight = torch.nn.Parameter(operands.weight)
+        if operands.bias is not None:
+            layer.bias = torch.nn.Parameter(operands.bias)
+    model: torch.nn.Module = layer.eval()
+    torch._dynamo.reset()
+    run = torch.compile(model if plain else lambda x: model(pad_stock(x, problem)))
+    with inductor.patch(freezing=True), torch.no_grad():
+        run(operands.x)
+
+    def call() -> tuple[torch.Tensor, ...]:
+        with torch.no_grad():
+            return (run(operands.x),)
+
+    return call
+
+
+def _onnx_model(operands: Operands) -> bytes:
+    from onnx import TensorProto, helper, numpy_helper
+
+    problem = operands.problem
+    left, right, top, bottom = problem.padding
+    weights = [numpy_helper.from_array(operands.weight.numpy(), "w")]
+    if operands.bias is not None:
+        weights.append(numpy_helper.from_array(operands.bias.numpy(), "b"))
+    node = helper.make_node(
+        "Conv", ["x", *(w.name for w in weights)], ["y"],
+        kernel_shape=[problem.r, problem.s], strides=list(problem.stride), pads=[top, left, bottom, right], dilations=list(problem.dilation), group=problem.g,
+    )  # fmt: skip
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, list(problem.input_shape))
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, list(problem.output_shape))
+    graph = helper.make_graph([node], "layer", [x], [y], weights)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9).SerializeToString()
+
+
+def _onnxruntime(operands: Operands) -> Contender:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(_onnx_model(operands), options, providers=["CPUExecutionProvider"])
+    feed = {"x": operands.x.numpy()}
+    return Contender("onnxruntime", "nchw", lambda: (torch.from_numpy(session.run(None, feed)[0]),), "", onnxruntime.__version__)
+
+
+def _openvino(operands: Operands) -> Contender:
+    import openvino
+
+    core = openvino.Core()
+    # Without the hint OpenVINO may compute float32 layers in bfloat16.
+    settings: dict[str, Any] = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
+    request = core.compile_model(core.read_model(_onnx_model(operands)), "CPU", settings).create_infer_request()
+    feed = [operands.x.numpy()]
+    return Contender("openvino", "nchw", lambda: (torch.from_numpy(request.infer(feed, share_inputs=True, share_outputs=True)[0]),), "", openvino.__version__)
+
+
+PEERS: dict[str, Callable[[Operands], Contender]] = {"onnxruntime": _onnxruntime, "openvino": _openvino}

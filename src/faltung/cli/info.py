@@ -1,0 +1,71 @@
+"""``faltung info``: the machine, the versions, and the cache of kernels."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+
+from rich.console import Console
+from rich.table import Table
+
+__all__ = ["facts", "info"]
+
+
+def info() -> None:
+    """Print the processor, its instruction set, caches, threads, versions, the kernel cache and the GPU."""
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in facts():
+        table.add_row(name, value)
+    Console().print(table)
+
+
+def facts() -> Iterator[tuple[str, str]]:
+    """What ``faltung info`` prints, as names and values."""
+    import torch
+
+    from ..bench.rows import commit, cpu_name
+    from ..codegen.compile import cache_folder, cache_size
+    from ..cpu.target import host_target
+
+    target = host_target()
+    yield "processor", cpu_name()
+    yield "instruction set", f"{target.isa}: {target.registers} vector registers of {8 * target.vector_bytes} bits, generated for {target.cpu}"
+    yield "caches of one core", f"L1 {target.l1 >> 10} KiB, L2 {target.l2 >> 10} KiB"
+    yield "threads", f"{torch.get_num_threads()} (torch.set_num_threads changes it)"
+    yield "GPU", _gpu()
+    yield "faltung", " ".join(part for part in (_version("faltung"), commit()) if part)
+    yield "torch", torch.__version__
+    for package in ("llvmlite", "triton", "numpy"):
+        yield package, _version(package)
+    yield "Python", f"{platform.python_version()} on {platform.platform()}"
+    folder = cache_folder()
+    yield "kernel cache", f"{folder}, {cache_size() / (1 << 20):.1f} MiB" if folder else "none: no private folder can be written"
+    yield from _options()
+
+
+def _options() -> Iterator[tuple[str, str]]:
+    from dataclasses import asdict
+
+    from .. import config
+
+    values = asdict(config.current())
+    yield "options", ", ".join(f"{name}={value}" for name, value in values.items())
+
+
+def _gpu() -> str:
+    import torch
+
+    if not torch.cuda.is_available():
+        return "none"
+    properties = torch.cuda.get_device_properties(0)
+    return f"{properties.name}, {properties.total_memory / (1 << 30):.0f} GiB, compute capability {properties.major}.{properties.minor}"
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"

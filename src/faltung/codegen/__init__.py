@@ -1,0 +1,1 @@
+"""Kernels as text: ``emit`` writes LLVM IR, ``compile`` turns it into objects (cached on disk), ``load`` into callables."""

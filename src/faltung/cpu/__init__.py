@@ -1,0 +1,1 @@
+"""The CPU engine: works on addresses, shapes and strides, and never imports torch."""

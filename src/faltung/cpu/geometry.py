@@ -1,0 +1,170 @@
+"""Index arithmetic of a convolution along one axis, as tables: which source row (or column) every scratch row of a tile holds.
+
+All three directions gather.  At output index ``i`` a tap reads source index ``i * step + offset``: ``forward`` and ``grad_weight`` step by
+the stride through x; ``grad_input`` steps by one through the gradient of y, separately for each phase ``i mod stride`` of its output.
+Source indices outside the image are mapped by the padding mode or marked -1 for zero, so no padded copy is ever made.
+A tile's scratch holds *slabs*: runs of source indices ``step`` apart, shared by the taps that fall on them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from ..problem import ConvProblem
+
+__all__ = ["Axis", "Phase", "Slab", "Tap", "axes", "padded_index"]
+
+
+@dataclass(frozen=True)
+class Tap:
+    """One kernel row (or column) of a phase: its index in the kernel, and where it reads (``slab`` and ``shift`` within it)."""
+
+    kernel_index: int
+    slab: int
+    shift: int
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Outputs ``start, start + step, ...`` (``count`` of them) and the taps that reach them."""
+
+    start: int
+    count: int
+    taps: tuple[Tap, ...]
+
+
+@dataclass(frozen=True)
+class Slab:
+    """Source indices ``j * step + offset`` for ``j`` in ``0 .. tile + extent - 1``."""
+
+    offset: int
+    extent: int
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One axis of a gather: ``size`` source indices, ``step`` between outputs' reads, and the phases of the output.
+
+    ``count`` is the largest count of any phase: tiles of ``tile`` cover ``0 .. count - 1``.  ``output_step`` is the distance of a phase's outputs.
+    """
+
+    size: int
+    step: int
+    count: int
+    tile: int
+    output_step: int
+    padding_mode: str
+    slabs: tuple[Slab, ...]
+    phases: tuple[Phase, ...]
+
+    @property
+    def covered(self) -> int:
+        """Outputs that whole tiles cover, at least ``count``: tables reach as far, so that the last tile needs no cutting."""
+        return -(-self.count // self.tile) * self.tile
+
+    @cached_property
+    def table(self) -> npt.NDArray[np.int64]:
+        """Source index, or -1 for zero, of every slab's entries, one slab after the other; see :meth:`table_start`."""
+        parts = []
+        for slab in self.slabs:
+            index = np.arange(self.covered + slab.extent, dtype=np.int64) * self.step + slab.offset
+            parts.append(padded_index(index, self.size, self.padding_mode))
+        return np.concatenate(parts) if parts else np.zeros(0, np.int64)
+
+    def table_start(self, slab: int) -> int:
+        """Where the slab's part of :attr:`table` begins."""
+        return sum(self.covered + s.extent for s in self.slabs[:slab])
+
+    def interior(self, slab: int) -> tuple[int, int]:
+        """The range of entries of a slab whose source index lies inside the image (there it is ``j * step + offset``)."""
+        length = self.covered + self.slabs[slab].extent
+        offset = self.slabs[slab].offset
+        first = max(0, -(offset // self.step))
+        last = (self.size - 1 - offset) // self.step + 1
+        return min(first, length), max(min(first, length), min(last, length))
+
+    @cached_property
+    def scratch_starts(self) -> tuple[int, ...]:
+        """Scratch index at which each slab of a tile begins, and behind the last one their total."""
+        starts = [0]
+        for slab in self.slabs:
+            starts.append(starts[-1] + self.tile + slab.extent)
+        return tuple(starts)
+
+    @cached_property
+    def table_positions(self) -> npt.NDArray[np.int64]:
+        """For each scratch index of a tile: the position in :attr:`table` of its entry, for the tile that starts at output 0."""
+        parts = [np.arange(self.tile + slab.extent, dtype=np.int64) + self.table_start(i) for i, slab in enumerate(self.slabs)]
+        return np.concatenate(parts) if parts else np.zeros(0, np.int64)
+
+
+def padded_index(index: npt.NDArray[np.int64], size: int, mode: str) -> npt.NDArray[np.int64]:
+    """Source index for positions in the padded image, -1 where the padding is zero; the rules of ``torch.nn.functional.pad``."""
+    inside = (index >= 0) & (index < size)
+    if mode == "zeros" or size == 0:
+        return np.where(inside, index, -1)
+    if mode == "replicate":
+        return np.clip(index, 0, size - 1)
+    if mode == "circular":
+        return index % size
+    period = max(1, 2 * (size - 1))
+    folded = index % period
+    return np.where(folded < size, folded, period - folded)
+
+
+def axes(problem: ConvProblem, tile: tuple[int, int]) -> tuple[Axis, Axis]:
+    """Rows and columns of the gather that ``problem`` is, for tiles of ``tile`` outputs (of each phase).
+
+    ``grad_input`` ignores the padding mode: for a mode other than zeros it is asked for the gradient of the padded input.
+    """
+    left, right, top, bottom = problem.padding
+    rows = (problem.h, problem.p, problem.r, problem.stride[0], problem.dilation[0], top)
+    columns = (problem.w, problem.q, problem.s, problem.stride[1], problem.dilation[1], left)
+    make = _grad_input_axis if problem.direction == "grad_input" else _forward_axis
+    return make(*rows, problem.padding_mode, tile[0]), make(*columns, problem.padding_mode, tile[1])
+
+
+def _forward_axis(size: int, outputs: int, kernel: int, stride: int, dilation: int, before: int, mode: str, tile: int) -> Axis:
+    offsets = [tap * dilation - before for tap in range(kernel)]
+    slabs, placed = _slabs(offsets, stride, tile)
+    taps = tuple(Tap(i, *placed[offset]) for i, offset in enumerate(offsets))
+    return Axis(size, stride, outputs, tile, 1, mode, slabs, (Phase(0, outputs, taps),))
+
+
+def _grad_input_axis(size: int, outputs: int, kernel: int, stride: int, dilation: int, before: int, mode: str, tile: int) -> Axis:
+    """Input index ``h = start + i * stride`` is reached by tap ``t`` from output ``(h + before - t * dilation) / stride``, where whole."""
+    found: list[list[tuple[int, int]]] = []
+    for start in range(min(stride, size)):
+        whole = [t for t in range(kernel) if (start + before - t * dilation) % stride == 0]
+        found.append([(t, (start + before - t * dilation) // stride) for t in whole])
+    slabs, placed = _slabs(sorted({offset for taps in found for _, offset in taps}), 1, tile)
+    phases = tuple(
+        Phase(start, (size - start + stride - 1) // stride, tuple(Tap(t, *placed[offset]) for t, offset in taps)) for start, taps in enumerate(found)
+    )
+    return Axis(outputs, 1, max((p.count for p in phases), default=0), tile, stride, "zeros", slabs, phases)
+
+
+def _slabs(offsets: list[int], step: int, tile: int) -> tuple[tuple[Slab, ...], dict[int, tuple[int, int]]]:
+    """Slabs that hold every offset's reads, and the (slab, shift) of each offset.
+
+    Offsets that differ by multiples of ``step`` can share a slab; they do where the shared slab is no longer than separate ones.
+    """
+    slabs: list[Slab] = []
+    placed: dict[int, tuple[int, int]] = {}
+    for residue in sorted({offset % step for offset in offsets}):
+        family = sorted({offset for offset in offsets if offset % step == residue})
+        runs = [[family[0]]]
+        for offset in family[1:]:
+            # A gap of more than a tile costs more to copy than a slab of its own.
+            if (offset - runs[-1][-1]) // step > tile:
+                runs.append([])
+            runs[-1].append(offset)
+        for run in runs:
+            for offset in run:
+                placed[offset] = (len(slabs), (offset - run[0]) // step)
+            slabs.append(Slab(run[0], (run[-1] - run[0]) // step))
+    return tuple(slabs), placed

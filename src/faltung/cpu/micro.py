@@ -1,0 +1,139 @@
+"""The micro-kernel that every matrix-like algorithm runs on: a block of accumulators, one gathered operand, one packed panel.
+
+For ``t`` in ``0 .. count - 1``, rows ``m`` and vectors ``v``::
+
+    channels:  acc[m][v] += broadcast(source[table[t] + m * pitch]) * panel[t][v]      vectors run over channels
+    pixels:    acc[m][v] += broadcast(panel[t][m]) * source[table[t] + v * lanes]      vectors run over pixels
+
+The table of byte offsets makes one kernel serve every kernel size, stride, dilation and memory format.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..codegen.emit import Function, Module, Value
+from ..codegen.numeric import Numeric
+
+__all__ = ["Micro", "call_micro", "emit_micro", "largest_rows"]
+
+_UNROLL = 2
+
+
+@dataclass(frozen=True)
+class Micro:
+    """``rows`` x ``vectors`` accumulators; ``orientation`` is ``channels`` or ``pixels``; ``unit_pitch``: rows of the gathered operand
+    are neighbours in memory; ``masked``: only the first ``lanes_last`` lanes of the last vector are loaded and stored in C."""
+
+    orientation: str
+    rows: int
+    vectors: int
+    unit_pitch: bool = False
+    masked: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"micro_{self.orientation}_{self.rows}x{self.vectors}{'u' if self.unit_pitch else ''}{'m' if self.masked else ''}"
+
+
+def largest_rows(vectors: int, registers: int, fma: bool) -> int:
+    """Most rows whose accumulators, ``vectors`` panel vectors and one broadcast fit the registers (one more where a product needs its own)."""
+    return min(14, (registers - vectors - (1 if fma else 2)) // vectors)
+
+
+_PARAMETERS = [
+    ("ptr", "source"), ("ptr", "panel"), ("ptr", "c"), ("ptr", "init"), ("ptr", "table"),
+    ("i64", "count"), ("i64", "pitch"), ("i64", "c_pitch"), ("i64", "init_pitch"), ("i64", "lanes_last"),
+]  # fmt: skip
+
+
+def call_micro(f: Function, micro: Function, **arguments: Value) -> None:
+    """Call with arguments by name: ``source panel c init table count pitch c_pitch init_pitch lanes_last``."""
+    f.call(micro, [arguments[name] for _, name in _PARAMETERS])
+
+
+def emit_micro(module: Module, numeric: Numeric, micro: Micro) -> Function:
+    """The micro-kernel as a function of the module (once).
+
+    ``init`` gives the accumulators' start values, row ``m`` at ``init + m * init_pitch``: C itself to accumulate, a vector of bias or of
+    zeros with pitch 0.  Pitches and table entries count bytes.
+    """
+    if module.has(micro.name):
+        return module._functions[micro.name]
+    f = module.function(micro.name, _PARAMETERS)
+    size, lanes, fused = numeric.compute_bytes, numeric.lanes, numeric.target.fma
+    vector_bytes = lanes * size
+    mask = f.lane_mask(f["lanes_last"], lanes) if micro.masked else None
+
+    def row_pointers(base: Value, pitch: Value | int) -> list[Value]:
+        # Every third row gets a pointer of its own; the two behind it are reached by the address modes base + pitch and base + 2 * pitch.
+        if isinstance(pitch, int):
+            return [base + m * pitch for m in range(micro.rows)]
+        pointers, twice = [], pitch * 2
+        for m in range(micro.rows):
+            if m and m % 3 == 0:
+                base = base + (twice + pitch)
+            pointers.append(base if m % 3 == 0 else base + (pitch if m % 3 == 1 else twice))
+        return pointers
+
+    def block_mask(v: int) -> Value | None:
+        return mask if v == micro.vectors - 1 else None
+
+    def read(pointer: Value, v: int) -> Value:
+        chosen = block_mask(v)
+        return f.load(pointer + v * vector_bytes, numeric.vector) if chosen is None else f.load_masked(pointer + v * vector_bytes, chosen, numeric.vector)
+
+    start = [read(pointer, v) for pointer in row_pointers(f["init"], f["init_pitch"]) for v in range(micro.vectors)]
+    if not micro.unit_pitch and micro.orientation == "channels":
+        pitch, twice = f["pitch"], f["pitch"] * 2
+        thrice = pitch * 3
+
+    def sources(base: Value) -> list[Value]:
+        if micro.unit_pitch:
+            return [base + m * size for m in range(micro.rows)]
+        pointers = []
+        for m in range(micro.rows):
+            if m and m % 3 == 0:
+                base = base + thrice
+            pointers.append(base if m % 3 == 0 else base + (pitch if m % 3 == 1 else twice))
+        return pointers
+
+    def step(index: Value, panel: Value, unroll: int, accumulators: list[Value]) -> list[Value]:
+        gathered = f["source"] + f.load_index(f["table"], index)
+        result = list(accumulators)
+        if micro.orientation == "channels":
+            vectors = [f.load(panel + (unroll * micro.vectors + v) * vector_bytes, numeric.vector) for v in range(micro.vectors)]
+            scalars = sources(gathered)
+        else:
+            vectors = [f.load(gathered + v * vector_bytes, numeric.vector) for v in range(micro.vectors)]
+            scalars = [panel + (unroll * micro.rows + m) * size for m in range(micro.rows)]
+        for m in range(micro.rows):
+            scalar = f.splat(f.load(scalars[m], numeric.compute), lanes)
+            for v in range(micro.vectors):
+                i = m * micro.vectors + v
+                result[i] = f.fma(scalar, vectors[v], result[i], fused)
+        return result
+
+    stride = micro.vectors * vector_bytes if micro.orientation == "channels" else micro.rows * size
+
+    def turn(unroll: int):  # type: ignore[no-untyped-def]
+        def body(index: Value, panel: Value, *accumulators: Value) -> list[Value]:
+            values = list(accumulators)
+            for u in range(unroll):
+                values = step(index + u, panel, u, values)
+            return [panel + unroll * stride, *values]
+
+        return body
+
+    whole = f.integer("and", f["count"], -_UNROLL)
+    panel, *values = f.loop(0, whole, _UNROLL, turn(_UNROLL), [f["panel"], *start])
+    _, *values = f.loop(whole, f["count"], 1, turn(1), [panel, *values])
+    for m, pointer in enumerate(row_pointers(f["c"], f["c_pitch"])):
+        for v in range(micro.vectors):
+            value, chosen = values[m * micro.vectors + v], block_mask(v)
+            if chosen is None:
+                f.store(value, pointer + v * vector_bytes)
+            else:
+                f.store_masked(value, pointer + v * vector_bytes, chosen)
+    f.ret()
+    return f

@@ -1,0 +1,317 @@
+"""Packing: a tile of the gathered operand into scratch, and the weight into panels, in the compute type.
+
+The padding mode, the stride, the dilation, the element type and the memory format all end here.  Tiles come in two layouts:
+
+* ``outer``: ``[channel][column slab][row][column]``, the natural one from nchw (and by transposition from nhwc);
+* ``inner``: ``[row][column of every slab][channel]``, the natural one from nhwc.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ..codegen.emit import Function, Module, Scalar, Value
+from ..codegen.entry import ArgumentBlock
+from ..codegen.numeric import Numeric
+
+__all__ = ["COLUMN_FIELDS", "TILE_ARGUMENTS", "Arguments", "copy_run", "emit_pack_panel", "emit_pack_tile", "zero_run"]
+
+TILE_ARGUMENTS = (
+    "channels", "source_channel", "source_column", "rows", "row_positions", "row_table", "slabs", "slab_table", "column_table",
+    "tile_channel", "tile_row", "tile_columns", "zeros",
+)  # fmt: skip
+"""``channels`` of a group; byte pitches of the source's channels and columns; scratch ``rows`` and their positions in the row table (of byte
+offsets, -1 for zero); column ``slabs``, their facts (:data:`COLUMN_FIELDS`) and the column table (of indices, -1 for zero); byte pitches of
+the tile's channels and rows; columns of all slabs; the address of a vector of zeros."""
+
+COLUMN_FIELDS = ("table_start", "start", "length", "interior_start", "interior_stop", "offset")
+"""A column slab: its place in the column table; where it starts in the tile (bytes for ``outer``, columns for ``inner``); its columns; the
+range of table entries inside the image; the source column of entry 0."""
+
+
+class Arguments:
+    """Loads of a kernel's arguments by name, in a function that has the block's address."""
+
+    def __init__(self, f: Function, arguments: ArgumentBlock, block: Value) -> None:
+        self._f, self._arguments, self._block = f, arguments, block
+
+    def __getitem__(self, name: str) -> Value:
+        return self._arguments.load(self._f, self._block, name)
+
+    def table(self, name: str) -> Value:
+        return self._f.to_pointer(self[name])
+
+
+def copy_run(f: Function, numeric: Numeric, source: Value, target: Value, count: Scalar) -> None:
+    """``count`` neighbouring elements into the compute type; what is written may reach one vector past the end, what is read does not."""
+    lanes, size, memory = numeric.lanes, numeric.compute_bytes, numeric.memory_bytes
+    count = f.value(count)
+    whole = f.integer("and", count, -lanes)
+
+    def block(i: Value) -> None:
+        f.store(numeric.load(f, source + i * memory, lanes), target + i * size)
+
+    f.loop(0, whole, lanes, block)
+    _tail(f, numeric, whole, count, lambda i, mask: f.store(numeric.load(f, source + i * memory, lanes, mask), target + i * size),
+          lambda i: f.store(numeric.load(f, source + i * memory, 1), target + i * size))  # fmt: skip
+
+
+def _tail(f: Function, numeric: Numeric, start: Value, stop: Value, masked: Callable[[Value, Value], None], single: Callable[[Value], None]) -> None:
+    """The last few elements: one masked vector where the target has masks, else one by one."""
+    if numeric.target.masks:
+        with f.when(start < stop):
+            masked(start, f.lane_mask(stop - start, numeric.lanes))
+    else:
+        f.loop(start, stop, 1, single)
+
+
+def zero_run(f: Function, numeric: Numeric, target: Value, count: Scalar) -> None:
+    """Zeros; what is written may reach one vector past the end."""
+    f.loop(0, count, numeric.lanes, lambda i: f.store(f.zero(numeric.vector), target + i * numeric.compute_bytes))
+
+
+def emit_pack_tile(module: Module, arguments: ArgumentBlock, numeric: Numeric, source_format: str, layout: str, step: int) -> Function:
+    """``pack_tile(block, source, tile, p0, q0)``: the tile that starts at output row ``p0`` and column ``q0``, of one image and group.
+
+    ``source`` is channel 0 of the group in the image.  ``step`` is the distance of the columns read by neighbouring outputs.
+    """
+    f = module.function("pack_tile", [("ptr", "block"), ("ptr", "source"), ("ptr", "tile"), ("i64", "p0"), ("i64", "q0")])
+    a = Arguments(f, arguments, f["block"])
+    if source_format == "nchw":
+        _pack_rows(f, a, numeric, step)
+    elif layout == "inner":
+        _pack_pixels(f, a, numeric, step)
+    else:
+        _pack_transposed(f, a, numeric)
+    f.ret()
+    return f
+
+
+def _slab(f: Function, a: Arguments, index: Value) -> dict[str, Value]:
+    base = a.table("slab_table") + index * (8 * len(COLUMN_FIELDS))
+    return {name: f.load(base + 8 * i) for i, name in enumerate(COLUMN_FIELDS)}
+
+
+def _clamped_interior(f: Function, slab: dict[str, Value]) -> tuple[Value, Value]:
+    """Columns of the tile at hand that lie inside the image: ``start <= x < stop``."""
+    start = f.minimum(f.maximum(slab["interior_start"] - f["q0"], 0), slab["length"])
+    return start, f.maximum(f.minimum(slab["interior_stop"] - f["q0"], slab["length"]), start)
+
+
+def _pack_rows(f: Function, a: Arguments, numeric: Numeric, step: int) -> None:
+    """nchw to ``outer``: for each channel, slab and row, a run of columns."""
+    size, memory = numeric.compute_bytes, numeric.memory_bytes
+    rows, positions, row_table, column_table = a["rows"], a.table("row_positions"), a.table("row_table"), a.table("column_table")
+    source_channel, tile_channel, tile_row = a["source_channel"], a["tile_channel"], a["tile_row"]
+
+    def channel(c: Value) -> None:
+        plane, tile = f["source"] + c * source_channel, f["tile"] + c * tile_channel
+
+        def slab_body(index: Value) -> None:
+            slab = _slab(f, a, index)
+            start, stop = _clamped_interior(f, slab)
+            columns = column_table + (slab["table_start"] + f["q0"]) * 8
+            first = (slab["offset"] + f["q0"] * step) * memory
+
+            def row(j: Value) -> None:
+                offset = f.load_index(row_table, f.load_index(positions, j) + f["p0"])
+                target = tile + slab["start"] + j * tile_row
+
+                def copy() -> None:
+                    line = plane + offset
+
+                    def border(x: Value) -> None:
+                        column = f.load_index(columns, x)
+
+                        def inside() -> None:
+                            f.store(numeric.load(f, line + column * memory, 1), target + x * size)
+
+                        f.branch(column >= 0, inside, lambda: f.store(f.zero(numeric.compute), target + x * size))
+
+                    f.loop(0, start, 1, border)
+                    _copy_columns(f, numeric, line + first, target, start, stop, step)
+                    f.loop(stop, slab["length"], 1, border)
+
+                f.branch(offset >= 0, copy, lambda: zero_run(f, numeric, target, slab["length"]))
+
+            f.loop(0, rows, 1, row)
+
+        f.loop(0, a["slabs"], 1, slab_body)
+
+    f.loop(0, a["channels"], 1, channel)
+
+
+def _copy_columns(f: Function, numeric: Numeric, line: Value, target: Value, start: Value, stop: Value, step: int) -> None:
+    """Columns ``start .. stop - 1``, ``step`` source elements apart; entry ``x`` is at ``line + x * step``."""
+    size, memory, lanes = numeric.compute_bytes, numeric.memory_bytes, numeric.lanes
+    if step == 1:
+        copy_run(f, numeric, line + start * memory, target + start * size, stop - start)
+        return
+
+    def single(x: Value) -> None:
+        f.store(numeric.load(f, line + x * (step * memory), 1), target + x * size)
+
+    if step != 2:
+        f.loop(start, stop, 1, single)
+        return
+
+    # The second of two vectors ends one element behind the last column wanted, so the last block is left to single elements.
+    blocks = f.maximum(stop - start - 1, 0) // lanes
+
+    def block(i: Value) -> None:
+        x = start + i * lanes
+        low = numeric.load(f, line + x * (2 * memory), lanes)
+        high = numeric.load(f, line + x * (2 * memory) + lanes * memory, lanes)
+        f.store(f.shuffle(low, high, range(0, 2 * lanes, 2)), target + x * size)
+
+    f.loop(0, blocks, 1, block)
+    f.loop(start + blocks * lanes, stop, 1, single)
+
+
+def _pack_pixels(f: Function, a: Arguments, numeric: Numeric, step: int) -> None:
+    """nhwc to ``inner``: for each row, slab and column, a run of channels; whole runs of columns where they are neighbours in memory."""
+    size, memory = numeric.compute_bytes, numeric.memory_bytes
+    channels, source_column = a["channels"], a["source_column"]
+    positions, row_table, column_table = a.table("row_positions"), a.table("row_table"), a.table("column_table")
+    pixel = channels * size
+    neighbours = source_column.equals(channels * memory)
+
+    def row(j: Value) -> None:
+        offset = f.load_index(row_table, f.load_index(positions, j) + f["p0"])
+        line, tile = f["source"] + offset, f["tile"] + j * a["tile_row"]
+
+        def slab_body(index: Value) -> None:
+            slab = _slab(f, a, index)
+            target = tile + slab["start"] * pixel
+            columns = column_table + (slab["table_start"] + f["q0"]) * 8
+
+            def border(x: Value) -> None:
+                column = f.load_index(columns, x)
+                f.branch(
+                    column >= 0,
+                    lambda: copy_run(f, numeric, line + column * source_column, target + x * pixel, channels),
+                    lambda: zero_run(f, numeric, target + x * pixel, channels),
+                )
+
+            def copy() -> None:
+                if step != 1:
+                    f.loop(0, slab["length"], 1, border)
+                    return
+                start, stop = _clamped_interior(f, slab)
+                first = line + (slab["offset"] + f["q0"] + start) * source_column
+                f.loop(0, start, 1, border)
+                f.branch(
+                    neighbours,
+                    lambda: copy_run(f, numeric, first, target + start * pixel, (stop - start) * channels),
+                    lambda: f.loop(start, stop, 1, border) and None,
+                )
+                f.loop(stop, slab["length"], 1, border)
+
+            f.branch(offset >= 0, copy, lambda: zero_run(f, numeric, target, slab["length"] * channels))
+
+        f.loop(0, a["slabs"], 1, slab_body)
+
+    f.loop(0, a["rows"], 1, row)
+
+
+def _pack_transposed(f: Function, a: Arguments, numeric: Numeric) -> None:
+    """nhwc to ``outer``: blocks of ``lanes`` columns by ``lanes`` channels, transposed in registers."""
+    size, memory, lanes = numeric.compute_bytes, numeric.memory_bytes, numeric.lanes
+    channels, source_column, tile_channel = a["channels"], a["source_column"], a["tile_channel"]
+    positions, row_table, column_table, zeros = a.table("row_positions"), a.table("row_table"), a.table("column_table"), a.table("zeros")
+
+    def row(j: Value) -> None:
+        offset = f.load_index(row_table, f.load_index(positions, j) + f["p0"])
+        line = f["source"] + offset
+
+        def slab_body(index: Value) -> None:
+            slab = _slab(f, a, index)
+            target = f["tile"] + slab["start"] + j * a["tile_row"]
+            columns = column_table + (slab["table_start"] + f["q0"]) * 8
+            last = slab["length"] - 1
+
+            def column_block(x: Value) -> None:
+                pointers = []
+                for i in range(lanes):
+                    column = f.load_index(columns, f.minimum(x + i, last))
+                    inside = f.define("i1", f"and i1 {(column >= 0).text}, {(offset >= 0).text}")
+                    pointers.append((inside, line + column * source_column))
+                written = f.lane_mask(slab["length"] - x, lanes)
+
+                def channel_block(c: Value) -> None:
+                    read = f.lane_mask(channels - c, lanes)
+                    loaded = [numeric.load(f, f.select(inside, p + c * memory, zeros), lanes, read) for inside, p in pointers]
+                    for i, vector in enumerate(f.transpose(loaded)):
+                        with f.when(c + i < channels):
+                            f.store_masked(vector, target + (c + i) * tile_channel + x * size, written)
+
+                f.loop(0, channels, lanes, channel_block)
+
+            f.loop(0, slab["length"], lanes, column_block)
+
+        f.loop(0, a["slabs"], 1, slab_body)
+
+    f.loop(0, a["rows"], 1, row)
+
+
+def emit_pack_panel(module: Module, numeric: Numeric) -> Function:
+    """``pack_panel(weight, panel, offsets, count, limit, width, pitch, contiguous)``: panel ``[t][width]`` of the weight.
+
+    Entry ``(t, j)`` is at ``weight + offsets[t] + j * pitch`` (bytes), zero for ``j >= limit``.  ``contiguous``: entries of neighbouring ``t``
+    are neighbours in memory; then blocks are transposed in registers, which reads every cache line once.
+    """
+    parameters = [("ptr", "weight"), ("ptr", "panel"), ("ptr", "offsets"), ("i64", "count"), ("i64", "limit"), ("i64", "width"), ("i64", "pitch")]
+    f = module.function("pack_panel", [*parameters, ("i64", "contiguous")])
+    size, memory, lanes = numeric.compute_bytes, numeric.memory_bytes, numeric.lanes
+    limit = f.minimum(f["limit"], f["width"])
+
+    def element(t: Value, j: Value) -> Value:
+        return numeric.load(f, f["weight"] + f.load_index(f["offsets"], t) + j * f["pitch"], 1)
+
+    def place(t: Value, j: Value) -> Value:
+        return f["panel"] + (t * f["width"] + j) * size
+
+    def by_rows() -> None:
+        def line(t: Value) -> None:
+            source, target = f["weight"] + f.load_index(f["offsets"], t), place(t, f.value(0))
+            f.branch(
+                f["pitch"].equals(memory),
+                lambda: _copy_exact(f, numeric, source, target, limit),
+                lambda: f.loop(0, limit, 1, lambda j: f.store(numeric.load(f, source + j * f["pitch"], 1), target + j * size)) and None,
+            )
+            f.loop(limit, f["width"], 1, lambda j: f.store(f.zero(numeric.compute), target + j * size))
+
+        f.loop(0, f["count"], 1, line)
+
+    def transposed() -> None:
+        whole_t, whole_j = f.integer("and", f["count"], -lanes), f.integer("and", limit, -lanes)
+
+        def row_block(t: Value) -> None:
+            start = f["weight"] + f.load_index(f["offsets"], t)
+
+            def block(j: Value) -> None:
+                rows = [numeric.load(f, start + (j + i) * f["pitch"], lanes) for i in range(lanes)]
+                for i, vector in enumerate(f.transpose(rows)):
+                    f.store(vector, place(t + i, j))
+
+            f.loop(0, whole_j, lanes, block)
+            f.loop(t, t + lanes, 1, lambda u: rest(u, whole_j))
+
+        def rest(t: Value, first: Value) -> None:
+            f.loop(first, limit, 1, lambda j: f.store(element(t, j), place(t, j)))
+            f.loop(limit, f["width"], 1, lambda j: f.store(f.zero(numeric.compute), place(t, j)))
+
+        f.loop(0, whole_t, lanes, row_block)
+        f.loop(whole_t, f["count"], 1, lambda t: rest(t, f.value(0)))
+
+    f.branch(f["contiguous"] > 0, transposed, by_rows)
+    f.ret()
+    return f
+
+
+def _copy_exact(f: Function, numeric: Numeric, source: Value, target: Value, count: Value) -> None:
+    """Like :func:`copy_run`, writing nothing past the end."""
+    lanes, size, memory = numeric.lanes, numeric.compute_bytes, numeric.memory_bytes
+    whole = f.integer("and", count, -lanes)
+    f.loop(0, whole, lanes, lambda i: f.store(numeric.load(f, source + i * memory, lanes), target + i * size))
+    f.loop(whole, count, 1, lambda i: f.store(numeric.load(f, source + i * memory, 1), target + i * size))

@@ -1,0 +1,140 @@
+"""The machine that kernels are made for: instruction set, registers, caches.  Detected once; other ones by name, for tests."""
+
+from __future__ import annotations
+
+import os
+import platform
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+
+__all__ = ["TARGETS", "Target", "host_target", "runnable_targets", "target"]
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a generator may count on.
+
+    ``vector_bytes`` and ``registers`` describe the vector registers; ``fma`` a fused multiply-add, ``masks`` cheap masked memory
+    access in every element width, ``half`` conversion instructions between float16 and float32.  Cache sizes are bytes, one core's.
+    """
+
+    isa: str
+    triple: str
+    cpu: str
+    features: str
+    vector_bytes: int
+    registers: int
+    fma: bool = True
+    masks: bool = False
+    half: bool = True
+    l1: int = 32 << 10
+    l2: int = 1 << 20
+
+    def lanes(self, element: str) -> int:
+        """Elements of a compute type (``float`` or ``double``) in one vector."""
+        return self.vector_bytes // {"float": 4, "double": 8}[element]
+
+
+_X86 = "x86_64-unknown-linux-gnu"
+_AVX512_FLAGS = {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512cd"}
+TARGETS: dict[str, Target] = {
+    "avx512": Target("avx512", _X86, "skylake-avx512", "-prefer-256-bit", 64, 32, masks=True),
+    "avx2": Target("avx2", _X86, "haswell", "", 32, 16),
+    "sse2": Target("sse2", _X86, "x86-64", "", 16, 16, fma=False, half=False),
+    "neon": Target("neon", "aarch64-unknown-linux-gnu", "cortex-a76", "", 16, 32),
+}
+"""A plain target for each instruction set, used by name (``FALTUNG_ISA`` or :func:`target`)."""
+
+
+def _cpu_flags() -> set[str]:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return set()
+    for line in text.splitlines():
+        if line.startswith(("flags", "Features")):
+            return set(line.split(":", 1)[1].split())
+    return set()
+
+
+def _cache_bytes(level: int, default: int) -> int:
+    folder = Path("/sys/devices/system/cpu/cpu0/cache")
+    for index in range(6):
+        try:
+            if (folder / f"index{index}/level").read_text().strip() != str(level):
+                continue
+            if (folder / f"index{index}/type").read_text().strip() == "Instruction":
+                continue
+            size = (folder / f"index{index}/size").read_text().strip()
+            return int(size[:-1]) << {"K": 10, "M": 20}[size[-1]]
+        except (OSError, ValueError, KeyError):
+            continue
+    return default
+
+
+def runnable_targets() -> tuple[str, ...]:
+    """Names of the instruction sets that this machine runs, the best one first."""
+    machine = platform.machine().lower()
+    if machine in ("aarch64", "arm64"):
+        return ("neon",)
+    if machine not in ("x86_64", "amd64"):
+        return ()
+    flags = _cpu_flags()
+    names = []
+    if flags >= _AVX512_FLAGS:
+        names.append("avx512")
+    if flags >= {"avx2", "fma", "f16c"}:
+        names.append("avx2")
+    return (*names, "sse2")
+
+
+@lru_cache(maxsize=1)
+def host_target() -> Target:
+    """The host as detected: its best instruction set, tuned for its processor, with its cache sizes.
+
+    Raises RuntimeError where the processor is none that kernels can be generated for.
+    """
+    from ..codegen.compile import host_cpu
+
+    names = runnable_targets()
+    if not names:
+        raise RuntimeError(f"faltung generates code for x86-64 and AArch64 processors; this one is {platform.machine()!r}")
+    wanted = os.environ.get("FALTUNG_ISA")
+    if wanted is not None and wanted not in names:
+        raise ValueError(f"FALTUNG_ISA must be one of {', '.join(names)} on this machine; got {wanted!r}")
+    base = TARGETS[wanted or names[0]]
+    cpu, features = (base.cpu, base.features) if wanted not in (None, names[0]) else host_cpu(base)
+    return Target(
+        base.isa, base.triple, cpu, features, base.vector_bytes, base.registers, base.fma, base.masks, base.half,
+        l1=_cache_bytes(1, base.l1), l2=_cache_bytes(2, base.l2),
+    )  # fmt: skip
+
+
+_override: list[Target] = []
+
+
+def target() -> Target:
+    """The target in force: the host's, or the one that :func:`use_target` set."""
+    return _override[-1] if _override else host_target()
+
+
+class use_target:
+    """``with use_target("avx2"):`` plans made inside are for that target (by name, or a :class:`Target`).  For tests; not thread-safe."""
+
+    def __init__(self, value: str | Target) -> None:
+        self._value = TARGETS[value] if isinstance(value, str) else value
+
+    def __enter__(self) -> Target:
+        from .. import dispatch
+
+        dispatch.clear()
+        _override.append(self._value)
+        return self._value
+
+    def __exit__(self, *_: object) -> None:
+        from .. import dispatch
+
+        _override.pop()
+        dispatch.clear()

@@ -1,0 +1,122 @@
+"""Ordered implementations, stated refusals, and the cache of plans.
+
+An implementation takes a problem and returns a plan, or raises :class:`Unsupported` with its reason.  The first one that accepts
+is used; asking for one by name is strict.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+from . import config
+from .problem import ConvProblem
+
+__all__ = ["Decision", "Implementation", "Plan", "Unsupported", "available", "decide", "implementations", "plan"]
+
+
+class Unsupported(RuntimeError):
+    """An implementation's refusal of a problem; the text is the reason, for people."""
+
+
+@runtime_checkable
+class Plan(Protocol):
+    """An implementation bound to a problem, ready to launch.
+
+    A CPU plan is called with four addresses (integers, 0 for none): ``forward``: x, w, bias, y; ``grad_input``: gradient of y, w, 0,
+    gradient of x; ``grad_weight``: x, gradient of y, gradient of the bias, gradient of w.  A CUDA plan is called with tensors in that order.
+    """
+
+    problem: ConvProblem
+    implementation: str
+
+    @property
+    def launch(self) -> Callable[..., None]: ...
+
+    def describe(self) -> dict[str, Any]:
+        """Facts for ``explain``: tile, workspace in bytes, kernel name, predicted seconds, ..."""
+        ...
+
+
+class Implementation(Protocol):
+    """One algorithm for some problems."""
+
+    name: str
+
+    def plan(self, problem: ConvProblem, threads: int) -> Plan:
+        """A plan for ``problem`` on ``threads`` threads (CPU; others ignore it); raises :class:`Unsupported`."""
+        ...
+
+
+@dataclass(frozen=True)
+class Decision:
+    """A plan, and what was said on the way: ``refusals`` holds ``(implementation, reason)`` in the order asked."""
+
+    plan: Plan
+    refusals: tuple[tuple[str, str], ...]
+
+
+_ENGINES = {"cpu": "faltung.cpu", "cuda": "faltung.cuda"}
+_CACHE_LIMIT = 4096
+_decisions: dict[tuple[ConvProblem, str, config.Options, int], Decision] = {}
+
+
+def available(engine: str) -> bool:
+    """Whether there are implementations for tensors of this device type.  The CPU's are part of every installation: a broken one must not pass unseen."""
+    if engine == "cpu" or engine not in _ENGINES:
+        return engine == "cpu"
+    try:
+        return bool(getattr(importlib.import_module(_ENGINES[engine]), "IMPLEMENTATIONS", ()))
+    except ImportError:
+        return False
+
+
+def implementations(engine: str) -> tuple[Implementation, ...]:
+    """The implementations of an engine (``cpu`` or ``cuda``), in order of preference."""
+    module = importlib.import_module(_ENGINES[engine])
+    return tuple(module.IMPLEMENTATIONS)
+
+
+def decide(problem: ConvProblem, engine: str = "cpu", threads: int = 1) -> Decision:
+    """The decision for ``problem`` under the options in force, from the cache where it was taken before.
+
+    ``threads``: the number of threads that a CPU plan may use.  Raises :class:`Unsupported`, with every reason, where no implementation accepts.
+    """
+    options = config.current()
+    entry = (problem, engine, options, threads)
+    found = _decisions.get(entry)
+    if found is None:
+        found = _decide(problem, engine, options, threads)
+        if len(_decisions) >= _CACHE_LIMIT:
+            _decisions.pop(next(iter(_decisions)))
+        _decisions[entry] = found
+    return found
+
+
+def plan(problem: ConvProblem, engine: str = "cpu", threads: int = 1) -> Plan:
+    """The plan for ``problem``: :func:`decide` without the story."""
+    return decide(problem, engine, threads).plan
+
+
+def clear() -> None:
+    """Forget every cached plan."""
+    _decisions.clear()
+
+
+def _decide(problem: ConvProblem, engine: str, options: config.Options, threads: int) -> Decision:
+    candidates = implementations(engine)
+    wanted = options.implementation
+    if wanted is not None:
+        named = tuple(i for i in candidates if i.name == wanted)
+        if not named:
+            raise ValueError(f"faltung has no {engine} implementation named {wanted!r}; there are {', '.join(i.name for i in candidates)}")
+        candidates = named
+    refusals: list[tuple[str, str]] = []
+    for implementation in candidates:
+        try:
+            return Decision(implementation.plan(problem, threads), tuple(refusals))
+        except Unsupported as refusal:
+            refusals.append((implementation.name, str(refusal)))
+    raise Unsupported(f"no {engine} implementation takes '{problem}': " + "; ".join(f"{name}: {reason}" for name, reason in refusals))
