@@ -19,7 +19,7 @@ from ..problem import DTYPES, ConvProblem
 from . import target as targets
 from .depthwise_geometry import Line, lines
 from .depthwise_taps import block_pixels, emit_taps
-from .depthwise_tile import Lanes, emit_flush, emit_load
+from .depthwise_tile import Lanes, emit_flush, emit_load, image_strides, inside, odd_lines
 from .depthwise_weight import plan_weight
 from .plan import CpuPlan
 from .target import Target
@@ -310,7 +310,7 @@ def _plan_gather(name: str, problem: ConvProblem, threads: int) -> CpuPlan:
             weight_starts.append(len(tap_list))
             tap_list += [r * problem.s + s for r in row.taps for s in col.taps]
     groups = [sum(len(p.taps) < c for p in phases) for c in columns] + [len(phases)]
-    first, last = _inside(cols, problem.format)
+    first, last = inside(cols, problem.format)
     tables = {
         "tap_table": np.array(tap_list, np.int64),
         "row_table": rows.table(),
@@ -328,8 +328,8 @@ def _plan_gather(name: str, problem: ConvProblem, threads: int) -> CpuPlan:
     entry = lanes.entry_bytes
     residues = 1 if lanes.kind != "strided" else problem.kg
     weight_bytes = vectors * residues * len(tap_list) * entry
-    pitch = _odd_lines(cols.length(min(tile.cols, cols.count)) * entry)
-    plane = _odd_lines(pitch * rows.length(min(tile.rows, rows.count)))
+    pitch = odd_lines(cols.length(min(tile.cols, cols.count)) * entry)
+    plane = odd_lines(pitch * rows.length(min(tile.rows, rows.count)))
     planes = plane * tile.vectors * residues
     out_row_at = planes + numeric.lanes * entry
     out_row_bytes = (tile.cols * cols.output_step + numeric.lanes) * entry if problem.format == "nchw" else 0
@@ -348,31 +348,9 @@ def _plan_gather(name: str, problem: ConvProblem, threads: int) -> CpuPlan:
         "row_phases": len(rows.phases), "row_count": rows.count, "col_count": cols.count, "col_phases": len(phases),
         "out_row_step": rows.output_step, "out_col_step": cols.output_step, "out_cols": cols.outputs,
     }  # fmt: skip
-    values |= _strides("source", problem, problem.c if forward else problem.k, rows.size, cols.size)
-    values |= _strides("out", problem, total, rows.outputs, cols.outputs)
+    size = DTYPES[problem.dtype]
+    values |= image_strides("source", problem.format, problem.c if forward else problem.k, rows.size, cols.size, size)
+    values |= image_strides("out", problem.format, total, rows.outputs, cols.outputs, size)
     block = ARGUMENTS.pack(threads, values)
     facts = {"tile": (tile.rows, tile.cols), "vectors": tile.vectors, "block": tile.block}
     return CpuPlan(problem, name, kernel, block, tuple(tables.values()), scratch_at + threads * scratch_bytes, facts)
-
-
-def _inside(line: Line, format_: str) -> tuple[int, int]:
-    """Entries that are never zero; for nchw, only those whose source columns are consecutive."""
-    if format_ == "nhwc" and line.mode != "zeros":
-        return 0, line.length(line.count)
-    return line.inside()
-
-
-def _odd_lines(size: int) -> int:
-    """``size`` rounded up to an odd number of cache lines, so that rows and planes do not fall on the same cache sets."""
-    return (-(-size // 64) | 1) * 64
-
-
-def _strides(name: str, problem: ConvProblem, channels: int, rows: int, cols: int) -> dict[str, int]:
-    """Bytes between images, rows, and channels (nchw: planes; nhwc: pixels) of a tensor."""
-    size = DTYPES[problem.dtype]
-    nhwc = problem.format == "nhwc"
-    return {
-        f"{name}_image": channels * rows * cols * size,
-        f"{name}_row": (channels if nhwc else 1) * cols * size,
-        f"{name}_channel": (channels if nhwc else rows * cols) * size,
-    }

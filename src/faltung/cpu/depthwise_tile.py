@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 from ..codegen.emit import Function, Module, Value
 from ..codegen.numeric import Numeric
+from .depthwise_geometry import Line
 
-__all__ = ["Lanes", "emit_flush", "emit_load"]
+__all__ = ["Lanes", "emit_flush", "emit_load", "image_strides", "inside", "odd_lines"]
 
 
 @dataclass(frozen=True)
@@ -207,3 +208,25 @@ def emit_flush(module: Module, lanes: Lanes, name: str) -> Function:
     f.branch(cols >= count, blocks, lambda: block(f.value(0), f.lane_mask(cols, count)))
     f.ret()
     return f
+
+
+def inside(line: Line, format_: str) -> tuple[int, int]:
+    """Scratch entries of a line of columns that are never zero; for nchw, only those whose source columns are consecutive."""
+    if format_ == "nhwc" and line.mode != "zeros":
+        return 0, line.length(line.count)
+    return line.inside()
+
+
+def odd_lines(size: int) -> int:
+    """``size`` rounded up to an odd number of cache lines, so that rows and planes do not fall on the same cache sets."""
+    return (-(-size // 64) | 1) * 64
+
+
+def image_strides(name: str, format_: str, channels: int, rows: int, cols: int, size: int) -> dict[str, int]:
+    """Bytes between images, rows, and channels (nchw: planes; nhwc: pixels) of a tensor with elements of ``size`` bytes."""
+    nhwc = format_ == "nhwc"
+    return {
+        f"{name}_image": channels * rows * cols * size,
+        f"{name}_row": (channels if nhwc else 1) * cols * size,
+        f"{name}_channel": (channels if nhwc else rows * cols) * size,
+    }

@@ -18,6 +18,7 @@ from .direct_kernel import ARGUMENTS, PHASE_FIELDS, DirectKernel
 from .geometry import Axis, axes
 from .plan import CpuPlan
 from .target import Target
+from .tile import Tile, align, pitches, row_pitch, weight_strides
 from .tiling import Block, choose_block, split_count, tile_candidates
 
 __all__ = ["DIRECT", "Direct", "DirectConfig", "choose_config"]
@@ -67,6 +68,7 @@ class DirectConfig:
     chunk: int
     k_blocks: int
     cycles: float
+    packed: bool = True
 
 
 def _tile_bytes(rows: Axis, columns: Axis, channels: int, size: int) -> int:
@@ -83,20 +85,10 @@ def _counts(axis: Axis) -> tuple[int, ...]:
     return tuple(sorted(found - {0}))
 
 
-def _pitch(columns: Axis) -> int:
-    """Columns of one row of the ``outer`` layout."""
-    return columns.tile + max((s.extent for s in columns.slabs), default=0)
-
-
 def choose_config(problem: ConvProblem, target: Target, threads: int, orientation: str | None = None) -> DirectConfig:
-    """The configuration predicted to be fastest; the orientation does not depend on the batch size, so neither do the bits."""
+    """The configuration predicted to be fastest.  No choice changes the order of any sum, so none changes the bits."""
     found = [_choose_tile(problem, target, threads, o) for o in ((orientation,) if orientation else ("channels", "pixels"))]
-    return min(found, key=lambda config: config.cycles / (config_tasks(problem, config)))
-
-
-def config_tasks(problem: ConvProblem, config: DirectConfig) -> int:
-    """A constant: images, so that orientations are compared per image."""
-    return problem.n
+    return min(found, key=lambda config: config.cycles)
 
 
 def _choose_tile(problem: ConvProblem, target: Target, threads: int, orientation: str) -> DirectConfig:
@@ -149,13 +141,13 @@ def _configure(problem: ConvProblem, target: Target, threads: int, orientation: 
         # The counts that the block was chosen for are the distinct ones; scale to a whole tile's rows.
         per_step = block.cycles / len(_counts(columns)) * tile[0]
         store = tile[0] * tile[1] * phases * vectors * (2.0 if problem.format == "nchw" else 0.5)
-        panels = _pieces(vectors, block.vectors)
+        panels = -(-vectors // block.vectors)
     else:
-        pixels = (tile[0] - 1) * _pitch(columns) + tile[1]
+        pixels = (tile[0] - 1) * row_pitch(columns) + tile[1]
         block = choose_block(target, (roles.out_channels,), -(-pixels // lanes), 128, round_vectors=True)
         per_step = block.cycles
         store = tile[0] * tile[1] * phases * roles.out_channels / lanes * (1.0 if problem.format == "nchw" else 3.0) + roles.out_channels * tile[0] * 8
-        panels = _pieces(roles.out_channels, block.rows)
+        panels = -(-roles.out_channels // block.rows)
     chunk = _chunk(orientation, block, lanes * size)
     scratch = rows.scratch_starts[-1] * columns.scratch_starts[-1] * roles.source_channels
     natural = (problem.format == "nchw") == (layout == "outer")
@@ -174,10 +166,6 @@ def _configure(problem: ConvProblem, target: Target, threads: int, orientation: 
 def _chunk(orientation: str, block: Block, vector_bytes: int) -> int:
     chunk = _CHUNK_BYTES // (block.vectors * vector_bytes)
     return max(32, min(384, chunk // 16 * 16))
-
-
-def _pieces(total: int, size: int) -> int:
-    return -(-total // size)
 
 
 class Direct:
@@ -203,16 +191,20 @@ def build_plan(problem: ConvProblem, target: Target, threads: int, config: Direc
     roles, numeric = Roles(problem), Numeric(problem.dtype, target)
     rows, columns = axes(problem, config.tile)
     kernel = _kernel(problem, roles, numeric, config, rows, columns)
-    layout = _Layout(problem, roles, numeric, config, kernel, rows, columns)
-    tables = _Tables(problem, roles, layout, rows, columns)
-    values = _values(problem, roles, numeric, config, kernel, layout, tables, rows, columns)
+    size = numeric.compute_bytes
+    # Where the source is read in place, the tile's pixels are as far apart as its channels are many, those of other groups included.
+    channels = roles.source_channels * (1 if config.packed else problem.g)
+    tile = Tile(rows, columns, config.layout, channels, size, pitches(problem, roles.forward))
+    layout = _Layout(problem, roles, numeric, config, kernel, tile, len(columns.phases))
+    phases = _Phases(problem, roles, layout, tile, rows, columns, size)
+    values = _values(problem, roles, numeric, config, layout, tile, phases, rows, columns)
     block = ARGUMENTS.pack(threads, values)
     facts = {
         "orientation": config.orientation, "block": f"{config.block.rows}x{config.block.vectors}", "tile": f"{config.tile[0]}x{config.tile[1]}",
         "chunk": config.chunk, "tasks": values["tasks"], "predicted_cycles": config.cycles / threads,
     }  # fmt: skip
     workspace_bytes = values["scratch_at"] + threads * values["scratch_size"]
-    return CpuPlan(problem, name, load(kernel.name, target, kernel.emit), block, tables.all, workspace_bytes, facts)
+    return CpuPlan(problem, name, load(kernel.name, target, kernel.emit), block, [*tile.tables, *phases.tables, phases.records], workspace_bytes, facts)
 
 
 def _kernel(problem: ConvProblem, roles: Roles, numeric: Numeric, config: DirectConfig, rows: Axis, columns: Axis) -> DirectKernel:
@@ -229,149 +221,85 @@ def _kernel(problem: ConvProblem, roles: Roles, numeric: Numeric, config: Direct
         narrow_vectors = block.vectors > 1
     return DirectKernel(
         numeric.target, problem.dtype, problem.format, config.orientation, config.layout, min(columns.step, 3), block.rows, block.vectors,
-        narrow_rows, narrow_vectors, partial and in_place, in_place, 1 if channels else max(1, len(columns.phases)),
+        narrow_rows, narrow_vectors, partial and in_place, in_place, 1 if channels else max(1, len(columns.phases)), config.packed,
     )  # fmt: skip
 
 
 class _Layout:
-    """Byte pitches of a thread's scratch and of the packed panels."""
+    """A thread's scratch (the tile, then accumulators) and the packed panels."""
 
-    def __init__(
-        self, problem: ConvProblem, roles: Roles, numeric: Numeric, config: DirectConfig, kernel: DirectKernel, rows: Axis, columns: Axis
-    ) -> None:
+    def __init__(self, problem: ConvProblem, roles: Roles, numeric: Numeric, config: DirectConfig, kernel: DirectKernel, tile: Tile, phases: int) -> None:
         size, lanes = numeric.compute_bytes, numeric.lanes
-        self.size = size
-        self.inner = config.layout == "inner"
-        self.pitch = _pitch(columns)
-        scratch_rows = rows.scratch_starts[-1]
-        if self.inner:
-            self.column = roles.source_channels * size
-            self.row = columns.scratch_starts[-1] * self.column
-            self.channel = size
-            tile = scratch_rows * self.row
-        else:
-            self.column = size
-            self.row = self.pitch * size
-            self.slab = scratch_rows * self.row
-            self.channel = len(columns.slabs) * self.slab
-            tile = roles.source_channels * self.channel
-        self.c_at = _align(tile + _SLACK)
+        self.start_at = align(tile.bytes + _SLACK) if config.packed else 0
+        self.c_at = self.start_at + align(kernel.rows * kernel.vectors * lanes * size)
         if kernel.orientation == "channels":
-            self.panels = _pieces(-(-roles.out_channels // lanes), kernel.vectors)
-            self.wide = split_count(-(-roles.out_channels // lanes), kernel.vectors)[0]
-            self.padded = -(-roles.out_channels // lanes) * lanes
+            vectors = -(-roles.out_channels // lanes)
+            self.panels, self.wide = -(-vectors // kernel.vectors), split_count(vectors, kernel.vectors)[0]
+            self.padded = vectors * lanes
             self.c_channel = 0
-            c = 0 if kernel.in_place else config.tile[0] * config.tile[1] * kernel.vectors * lanes * size + lanes * kernel.vectors * lanes * size
+            # The transposing store reads whole blocks of pixels, up to one vector past the last.
+            c = 0 if kernel.in_place else (config.tile[0] * config.tile[1] + lanes) * kernel.vectors * lanes * size
         else:
-            self.panels = _pieces(roles.out_channels, kernel.rows)
-            self.wide = split_count(roles.out_channels, kernel.rows)[0]
+            self.panels, self.wide = -(-roles.out_channels // kernel.rows), split_count(roles.out_channels, kernel.rows)[0]
             self.padded = roles.out_channels
-            pixels = (config.tile[0] - 1) * self.pitch + config.tile[1]
+            pixels = (config.tile[0] - 1) * tile.pixels + config.tile[1]
             # Not a multiple of the page, where neighbouring planes would fall into the same cache sets.
-            self.c_channel = _align((pixels + 4 * lanes) * size) + 64
-            c = max(1, len(columns.phases)) * self.padded * self.c_channel
-        self.scratch_size = _align(self.c_at + c + _SLACK) + 64 * 9
+            self.c_channel = align((pixels + 4 * lanes) * size) + 64
+            c = max(1, phases) * self.padded * self.c_channel
+        self.scratch_size = align(self.c_at + c + _SLACK) + 64 * 9
 
 
-def _align(value: int) -> int:
-    return -(-value // 64) * 64
+class _Phases:
+    """The phases' reductions: where the tile and the weight hold each term, and where the packed panels lie."""
 
-
-class _Tables:
-    """The tables that the argument block points to."""
-
-    def __init__(self, problem: ConvProblem, roles: Roles, layout: _Layout, rows: Axis, columns: Axis) -> None:
-        memory = DTYPES[problem.dtype]
-        source_h, source_w = roles.source_size
-        total = problem.c if roles.forward else problem.k
-        row_pitch = source_w * memory * (total if problem.format == "nhwc" else 1)
-        self.row_table = np.where(rows.table >= 0, rows.table * row_pitch, -1)
-        self.row_positions = rows.table_positions
-        self.column_table = columns.table
-        starts = columns.scratch_starts
-        self.slab_table = np.array(
-            [
-                (columns.table_start(i), starts[i] if layout.inner else i * layout.slab, columns.tile + slab.extent, *columns.interior(i), slab.offset)
-                for i, slab in enumerate(columns.slabs)
-            ],
-            dtype=np.int64,
-        )
-        self.zeros = np.zeros(64, np.float64)
-        self.offsets: list[npt.NDArray[np.int64]] = []
-        self.phases = self._phases(problem, roles, layout, rows, columns)
-        self.all = [self.row_table, self.row_positions, self.column_table, self.slab_table, self.zeros, self.phases, *self.offsets]
-
-    def _phases(self, problem: ConvProblem, roles: Roles, layout: _Layout, rows: Axis, columns: Axis) -> npt.NDArray[np.int64]:
+    def __init__(self, problem: ConvProblem, roles: Roles, layout: _Layout, tile: Tile, rows: Axis, columns: Axis, size: int) -> None:
         weight = weight_strides(problem)
-        packed = 0
-        records = []
         channel = np.arange(roles.source_channels, dtype=np.int64)
+        self.tables: list[npt.NDArray[np.int64]] = []
+        self.contiguous = True
+        self.packed_bytes = 0
+        records = []
         for row in rows.phases:
             for column in columns.phases:
                 tile_parts, weight_parts = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
                 for a in row.taps:
                     for b in column.taps:
-                        row_at = (rows.scratch_starts[a.slab] + a.shift) * layout.row
-                        column_at = (columns.scratch_starts[b.slab] + b.shift) * layout.column if layout.inner else b.slab * layout.slab + b.shift * layout.column
-                        tile_parts.append(row_at + column_at + channel * layout.channel)
+                        tile_parts.append(tile.offset(a, b) + channel * tile.channel)
                         weight_parts.append(a.kernel_index * weight[2] + b.kernel_index * weight[3] + channel * weight[1 if roles.forward else 0])
                 weight_offsets = np.concatenate(weight_parts)
+                # In the order of the weight's memory, so that packing it is a transposition of whole cache lines.
                 order = np.argsort(weight_offsets, kind="stable")
                 tile_offsets, weight_offsets = np.concatenate(tile_parts)[order], weight_offsets[order]
-                self.offsets += [tile_offsets, weight_offsets]
+                self.tables += [tile_offsets, weight_offsets]
+                self.contiguous &= bool((np.diff(weight_offsets) == DTYPES[problem.dtype]).all())
                 count = len(tile_offsets)
                 spans = (row.start, row.count, column.start, column.count)
-                records.append((count, tile_offsets.ctypes.data, weight_offsets.ctypes.data, packed, *spans))
-                packed = _align(packed + problem.g * layout.padded * count * layout.size)
-        self.packed_bytes = packed
-        return np.array(records, dtype=np.int64).reshape(-1, len(PHASE_FIELDS))
-
-
-def weight_strides(problem: ConvProblem) -> tuple[int, int, int, int]:
-    """Byte strides of the weight's output channel, input channel, row and column."""
-    _, c, r, s = problem.weight_shape
-    strides = (c * r * s, r * s, s, 1) if problem.weight_format == "nchw" else (r * s * c, 1, s * c, c)
-    memory = DTYPES[problem.dtype]
-    return tuple(memory * x for x in strides)  # type: ignore[return-value]
+                records.append((count, tile_offsets.ctypes.data, weight_offsets.ctypes.data, self.packed_bytes, *spans))
+                self.packed_bytes = align(self.packed_bytes + problem.g * layout.padded * count * size)
+        self.records = np.array(records, dtype=np.int64).reshape(-1, len(PHASE_FIELDS))
 
 
 def _values(
-    problem: ConvProblem, roles: Roles, numeric: Numeric, config: DirectConfig, kernel: DirectKernel, layout: _Layout, tables: _Tables, rows: Axis, columns: Axis
+    problem: ConvProblem, roles: Roles, numeric: Numeric, config: DirectConfig, layout: _Layout, tile: Tile, phases: _Phases, rows: Axis, columns: Axis
 ) -> dict[str, int]:
     """The argument block's values by name."""
-    memory, size = numeric.memory_bytes, numeric.compute_bytes
-    source, out = _pitches(problem, roles, roles.forward), _pitches(problem, roles, not roles.forward)
+    source, out = pitches(problem, roles.forward), pitches(problem, not roles.forward)
     strides = weight_strides(problem)
     p_tiles, q_tiles = -(-rows.count // config.tile[0]), -(-columns.count // config.tile[1])
-    weight_offsets = tables.offsets[1::2]
-    contiguous = all(len(o) < 2 or bool((np.diff(o) == memory).all()) for o in weight_offsets)
-    bias_at = _align(tables.packed_bytes)
-    bias_group = layout.padded * size
     block_panels = -(-layout.panels // config.k_blocks)
+    k_blocks = -(-layout.panels // block_panels)
+    bias_group = layout.padded * numeric.compute_bytes
     return {
-        "channels": roles.source_channels, "source_channel": source[1], "source_column": source[3], "rows": rows.scratch_starts[-1],
-        "row_positions": tables.row_positions.ctypes.data, "row_table": tables.row_table.ctypes.data, "slabs": len(columns.slabs),
-        "slab_table": tables.slab_table.ctypes.data, "column_table": tables.column_table.ctypes.data, "tile_channel": layout.channel,
-        "tile_row": layout.row, "tile_columns": columns.scratch_starts[-1], "zeros": tables.zeros.ctypes.data,
-        "pack_tasks": len(tables.phases) * problem.g * layout.panels, "tasks": problem.n * problem.g * p_tiles * q_tiles * -(-layout.panels // block_panels),
-        "phases": tables.phases.ctypes.data, "row_phases": len(rows.phases), "column_phases": len(columns.phases), "p_tiles": p_tiles, "q_tiles": q_tiles,
-        "tile_p": config.tile[0], "tile_q": config.tile[1], "k_blocks": -(-layout.panels // block_panels), "block_panels": block_panels,
-        "wide_panels": layout.wide, "panels": layout.panels, "groups": problem.g, "out_channels": roles.out_channels,
-        "source_image": source[0], "source_group": source[1] * roles.source_channels, "out_image": out[0], "out_group": out[1] * roles.out_channels,
-        "out_row": out[2], "out_column": out[3], "out_channel": out[1], "chunk": config.chunk, "weight_group": strides[0] * problem.kg,
-        "weight_pitch": strides[0 if roles.forward else 1], "weight_contiguous": int(contiguous), "packed_panel": 1,
-        "bias_at": bias_at, "bias_group": bias_group, "has_bias": int(problem.epilogue.bias and roles.forward),
-        "scratch_at": -(-(bias_at + problem.g * bias_group + 64) // 4096) * 4096, "scratch_size": layout.scratch_size,
-        "c_at": layout.c_at, "c_channel": layout.c_channel,
+        **tile.arguments(),
+        "pack_tasks": len(phases.records) * problem.g * layout.panels, "tasks": problem.n * problem.g * p_tiles * q_tiles * k_blocks,
+        "phases": phases.records.ctypes.data, "row_phases": len(rows.phases), "column_phases": len(columns.phases),
+        "p_tiles": p_tiles, "q_tiles": q_tiles, "tile_p": config.tile[0], "tile_q": config.tile[1], "k_blocks": k_blocks, "block_panels": block_panels,
+        "wide_panels": layout.wide, "panels": layout.panels, "groups": problem.g, "source_channels": roles.source_channels,
+        "out_channels": roles.out_channels, "source_image": source[0], "source_group": source[1] * roles.source_channels,
+        "out_image": out[0], "out_group": out[1] * roles.out_channels, "out_row": out[2], "out_column": out[3], "out_channel": out[1],
+        "chunk": config.chunk, "weight_group": strides[0] * problem.kg, "weight_pitch": strides[0 if roles.forward else 1],
+        "weight_contiguous": int(phases.contiguous), "bias_at": phases.packed_bytes, "bias_group": bias_group,
+        "has_bias": int(problem.epilogue.bias and roles.forward),
+        "scratch_at": align(phases.packed_bytes + problem.g * bias_group + 64, 4096), "scratch_size": layout.scratch_size,
+        "start_at": layout.start_at, "c_at": layout.c_at, "c_channel": layout.c_channel,
     }  # fmt: skip
-
-
-def _pitches(problem: ConvProblem, roles: Roles, input_side: bool) -> tuple[int, int, int, int]:
-    """Byte pitches (image, channel, row, column) of x and its gradient, or of y and its gradient."""
-    channels, (height, width) = (problem.c, (problem.h, problem.w)) if input_side else (problem.k, (problem.p, problem.q))
-    memory = DTYPES[problem.dtype]
-    if problem.format == "nchw":
-        return channels * height * width * memory, height * width * memory, width * memory, memory
-    return channels * height * width * memory, memory, width * channels * memory, channels * memory
-
-

@@ -21,7 +21,7 @@ from ..codegen.emit import Function, Module, Value
 from ..codegen.entry import ArgumentBlock, Task, emit_entry
 from ..codegen.numeric import Numeric
 from .micro import Micro, call_micro, emit_micro
-from .pack import TILE_ARGUMENTS, Arguments, emit_pack_panel, emit_pack_tile
+from .pack import TILE_ARGUMENTS, emit_pack_panel, emit_pack_tile
 from .store import emit_store_panel, emit_store_plane
 from .target import Target
 
@@ -35,13 +35,13 @@ ARGUMENTS = ArgumentBlock(
     (
         *TILE_ARGUMENTS,
         "pack_tasks", "tasks", "phases", "row_phases", "column_phases", "p_tiles", "q_tiles", "tile_p", "tile_q", "k_blocks", "block_panels",
-        "wide_panels", "panels", "groups", "out_channels", "source_image", "source_group", "out_image", "out_group", "out_row", "out_column",
-        "out_channel", "chunk", "weight_group", "weight_pitch", "weight_contiguous", "packed_panel", "bias_at", "bias_group", "has_bias",
-        "scratch_at", "scratch_size", "c_at", "c_channel",
+        "wide_panels", "panels", "groups", "source_channels", "out_channels", "source_image", "source_group", "out_image", "out_group", "out_row", "out_column",
+        "out_channel", "chunk", "weight_group", "weight_pitch", "weight_contiguous", "bias_at", "bias_group", "has_bias",
+        "scratch_at", "scratch_size", "start_at", "c_at", "c_channel",
     )
 )  # fmt: skip
-"""Pitches are bytes.  ``packed_panel`` is 1 where panels are packed; ``wide_panels`` come first, the others are one vector (``channels``) or one
-row (``pixels``) narrower; ``c_at`` and ``c_channel`` place the accumulators in a thread's scratch."""
+"""Pitches are bytes.  ``wide_panels`` come first, the others are one vector (``channels``) or one
+row (``pixels``) narrower; ``start_at`` is where a thread's scratch has room for one micro-kernel's start values, ``c_at`` and ``c_channel`` place the accumulators in a thread's scratch."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,8 @@ class DirectKernel:
 
     ``step``: distance of neighbouring outputs' source columns (1, 2, or 3 for any).  ``narrow_rows``, ``narrow_vectors``: pieces one smaller are
     needed too.  ``masked``: the last vector of channels is partial.  ``in_place``: accumulate in the output itself.
-    ``phases``: column phases that the store interleaves (1, 2, or more).
+    ``phases``: column phases that the store interleaves (1, 2, or more).  ``packed``: the tile is copied to scratch; where it is not, the
+    micro-kernels read the source itself (1x1 kernels over pixels in a row, whose channels are neighbours in memory).
     """
 
     target: Target
@@ -66,10 +67,15 @@ class DirectKernel:
     masked: bool
     in_place: bool
     phases: int
+    packed: bool = True
 
     @property
     def name(self) -> str:
-        flags = f"{'r' if self.narrow_rows else ''}{'v' if self.narrow_vectors else ''}{'m' if self.masked else ''}{'i' if self.in_place else ''}"
+        flags = "".join(
+            letter
+            for letter, set_ in zip("rvmiu", (self.narrow_rows, self.narrow_vectors, self.masked, self.in_place, not self.packed))
+            if set_
+        )
         tail = f"_{flags}" if flags else ""
         return (
             f"direct_{self.dtype}_{self.format}_{self.orientation}_{self.layout}_{self.rows}x{self.vectors}_st{self.step}_ph{self.phases}{tail}_{self.target.isa}"
@@ -94,7 +100,7 @@ class _Builder:
     def __init__(self, kernel: DirectKernel, module: Module, numeric: Numeric) -> None:
         self.kernel, self.module, self.numeric = kernel, module, numeric
         self.pack_panel = emit_pack_panel(module, numeric)
-        self.pack_tile = emit_pack_tile(module, ARGUMENTS, numeric, kernel.format, kernel.layout, kernel.step)
+        self.pack_tile = emit_pack_tile(module, ARGUMENTS, numeric, kernel.format, kernel.layout, kernel.step) if kernel.packed else None
 
     @property
     def widths(self) -> tuple[int, int]:
@@ -150,7 +156,11 @@ class _Builder:
             t["p0"], index = (index % task["p_tiles"]) * task["tile_p"], index // task["p_tiles"]
             t["group"], t["image"] = index % task["groups"], index // task["groups"]
             source = task.operand("source") + t["image"] * task["source_image"] + t["group"] * task["source_group"]
-            f.call(self.pack_tile, [f.to_pointer(f.load(f["context"])), source, scratch, t["p0"], t["q0"]])
+            if self.pack_tile is None:
+                t["tile"] = source + t["q0"] * task["tile_column"]
+            else:
+                t["tile"] = scratch
+                f.call(self.pack_tile, [f.to_pointer(f.load(f["context"])), source, scratch, t["p0"], t["q0"], task["source_channels"]])
             t["first_panel"] = t["k_block"] * task["block_panels"]
             t["last_panel"] = f.minimum(t["first_panel"] + task["block_panels"], task["panels"])
             t["bias"] = task.workspace + task["bias_at"] + t["group"] * task["bias_group"]
@@ -236,7 +246,7 @@ class _Channels(_Builder):
         else:
             c, c_row, c_column = t["c"], task["tile_q"] * (width * size), f.value(width * size)
         tile_row = task["tile_row"]
-        pitch = f.value(size) if kernel.layout == "outer" else task["channels"] * size
+        pitch = f.value(size) if kernel.layout == "outer" else task["tile_column"]
         lanes_last = valid - (vectors - 1) * numeric.lanes
 
         def chunk(t0: Value, length: Value, table: Value, first: Value) -> None:
@@ -246,7 +256,7 @@ class _Channels(_Builder):
                 def piece(q: Value, rows: int) -> None:
                     place = c + p * c_row + q * c_column
                     call_micro(
-                        f, self.micros[rows, vectors], source=t["scratch"] + p * tile_row + q * pitch, panel=panel + t0 * (width * size), c=place,
+                        f, self.micros[rows, vectors], source=t["tile"] + p * tile_row + q * pitch, panel=panel + t0 * (width * size), c=place,
                         init=f.select(first, bias, place), table=table, count=length, pitch=pitch, c_pitch=c_column, init_pitch=init_pitch,
                         lanes_last=lanes_last,
                     )  # fmt: skip
@@ -279,7 +289,6 @@ class _Pixels(_Builder):
         return self.kernel.rows, max(1, self.kernel.rows - 1)
 
     def row_phase(self, f: Function, task: Task, t: dict[str, Value], row_index: Value) -> None:
-        numeric = self.numeric
         first = self.panel_start(f, task["wide_panels"], t["first_panel"])
         last = f.minimum(self.panel_start(f, task["wide_panels"], t["last_panel"]), task["out_channels"])
         planes = last - first
@@ -302,7 +311,7 @@ class _Pixels(_Builder):
             return [sum_ + f.maximum(self.phase(f, task, t, row_index, i)["columns"], 0)]
 
         (columns,) = f.loop(0, for_all, 1, total, [columns])
-        arguments = [t["c"], out, t["bias"] + first * numeric.compute_bytes, phase["rows"], columns, planes, task["c_channel"], task["tile_row"]]
+        arguments = [t["c"], out, phase["rows"], columns, planes, task["c_channel"], task["tile_row"]]
         with f.when(phase["rows"] > 0):
             f.call(self.store, [*arguments, scratch_phase, task["out_row"] * task["row_phases"], task["out_column"], task["out_channel"]])
 
@@ -313,19 +322,25 @@ class _Pixels(_Builder):
         pixels = (phase["rows"] - 1) * (task["tile_row"] // size) + phase["columns"]
         vectors = (pixels + (lanes - 1)) // lanes
         c_channel, wide_panels = task["c_channel"], task["wide_panels"]
-        zero = task.table("zeros")
+        start_values = t["scratch"] + task["start_at"]
 
         def pixel_panel(start: Value, width: int) -> None:
             def chunk(t0: Value, length: Value, table: Value, is_first: Value) -> None:
-                source = t["scratch"] + start * (lanes * size)
-                init_pitch = f.select(is_first, f.value(0), c_channel)
+                source = t["tile"] + start * (lanes * size)
+                init_pitch = f.select(is_first, f.value(width * lanes * size), c_channel)
 
                 def channel_panel(index: Value, rows: int) -> None:
                     channel = self.panel_start(f, wide_panels, index)
                     panel = phase["panels"] + (channel * phase["count"] + t0 * rows) * size
                     place = c + (channel - first) * c_channel + start * (lanes * size)
+                    with f.when(is_first):
+                        # The bias is each sum's first term in both orientations, so that both give the same bits.
+                        for m in range(rows):
+                            vector = f.splat(f.load(t["bias"] + (channel + m) * size, numeric.compute), lanes)
+                            for v in range(width):
+                                f.store(vector, start_values + (m * width + v) * lanes * size)
                     call_micro(
-                        f, self.micros[rows, width], source=source, panel=panel, c=place, init=f.select(is_first, zero, place), table=table, count=length,
+                        f, self.micros[rows, width], source=source, panel=panel, c=place, init=f.select(is_first, start_values, place), table=table, count=length,
                         pitch=f.value(0), c_pitch=c_channel, init_pitch=init_pitch, lanes_last=f.value(lanes),
                     )  # fmt: skip
 

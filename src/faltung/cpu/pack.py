@@ -17,12 +17,12 @@ from ..codegen.numeric import Numeric
 __all__ = ["COLUMN_FIELDS", "TILE_ARGUMENTS", "Arguments", "copy_run", "emit_pack_panel", "emit_pack_tile", "zero_run"]
 
 TILE_ARGUMENTS = (
-    "channels", "source_channel", "source_column", "rows", "row_positions", "row_table", "slabs", "slab_table", "column_table",
-    "tile_channel", "tile_row", "tile_columns", "zeros",
+    "source_channel", "source_column", "source_step", "rows", "row_positions", "row_table", "slabs", "slab_table", "column_table",
+    "tile_channel", "tile_row", "tile_column", "zeros",
 )  # fmt: skip
-"""``channels`` of a group; byte pitches of the source's channels and columns; scratch ``rows`` and their positions in the row table (of byte
-offsets, -1 for zero); column ``slabs``, their facts (:data:`COLUMN_FIELDS`) and the column table (of indices, -1 for zero); byte pitches of
-the tile's channels and rows; columns of all slabs; the address of a vector of zeros."""
+"""Byte pitches of the source's channels and columns, the distance of neighbouring outputs' columns; scratch ``rows`` and their positions in the
+row table (of byte offsets, -1 for zero); column ``slabs``, their facts (:data:`COLUMN_FIELDS`) and the column table (of indices, -1 for zero); byte pitches of
+the tile's channels, rows and columns; the address of a few vectors of zeros."""
 
 COLUMN_FIELDS = ("table_start", "start", "length", "interior_start", "interior_stop", "offset")
 """A column slab: its place in the column table; where it starts in the tile (bytes for ``outer``, columns for ``inner``); its columns; the
@@ -71,11 +71,12 @@ def zero_run(f: Function, numeric: Numeric, target: Value, count: Scalar) -> Non
 
 
 def emit_pack_tile(module: Module, arguments: ArgumentBlock, numeric: Numeric, source_format: str, layout: str, step: int) -> Function:
-    """``pack_tile(block, source, tile, p0, q0)``: the tile that starts at output row ``p0`` and column ``q0``, of one image and group.
+    """``pack_tile(block, source, tile, p0, q0, channels)``: the tile that starts at output row ``p0`` and column ``q0``, of one image.
 
-    ``source`` is channel 0 of the group in the image.  ``step`` is the distance of the columns read by neighbouring outputs.
+    ``source`` is the first of ``channels`` channels in the image.  ``step`` is the distance of the columns read by neighbouring outputs: 1, 2, or
+    3 for any, which is then an argument.
     """
-    f = module.function("pack_tile", [("ptr", "block"), ("ptr", "source"), ("ptr", "tile"), ("i64", "p0"), ("i64", "q0")])
+    f = module.function("pack_tile", [("ptr", "block"), ("ptr", "source"), ("ptr", "tile"), ("i64", "p0"), ("i64", "q0"), ("i64", "channels")])
     a = Arguments(f, arguments, f["block"])
     if source_format == "nchw":
         _pack_rows(f, a, numeric, step)
@@ -103,6 +104,7 @@ def _pack_rows(f: Function, a: Arguments, numeric: Numeric, step: int) -> None:
     size, memory = numeric.compute_bytes, numeric.memory_bytes
     rows, positions, row_table, column_table = a["rows"], a.table("row_positions"), a.table("row_table"), a.table("column_table")
     source_channel, tile_channel, tile_row = a["source_channel"], a["tile_channel"], a["tile_row"]
+    distance = step if step < 3 else a["source_step"]
 
     def channel(c: Value) -> None:
         plane, tile = f["source"] + c * source_channel, f["tile"] + c * tile_channel
@@ -111,7 +113,7 @@ def _pack_rows(f: Function, a: Arguments, numeric: Numeric, step: int) -> None:
             slab = _slab(f, a, index)
             start, stop = _clamped_interior(f, slab)
             columns = column_table + (slab["table_start"] + f["q0"]) * 8
-            first = (slab["offset"] + f["q0"] * step) * memory
+            first = (slab["offset"] + f["q0"] * distance) * memory
 
             def row(j: Value) -> None:
                 offset = f.load_index(row_table, f.load_index(positions, j) + f["p0"])
@@ -129,7 +131,7 @@ def _pack_rows(f: Function, a: Arguments, numeric: Numeric, step: int) -> None:
                         f.branch(column >= 0, inside, lambda: f.store(f.zero(numeric.compute), target + x * size))
 
                     f.loop(0, start, 1, border)
-                    _copy_columns(f, numeric, line + first, target, start, stop, step)
+                    _copy_columns(f, numeric, line + first, target, start, stop, distance)
                     f.loop(stop, slab["length"], 1, border)
 
                 f.branch(offset >= 0, copy, lambda: zero_run(f, numeric, target, slab["length"]))
@@ -138,20 +140,20 @@ def _pack_rows(f: Function, a: Arguments, numeric: Numeric, step: int) -> None:
 
         f.loop(0, a["slabs"], 1, slab_body)
 
-    f.loop(0, a["channels"], 1, channel)
+    f.loop(0, f["channels"], 1, channel)
 
 
-def _copy_columns(f: Function, numeric: Numeric, line: Value, target: Value, start: Value, stop: Value, step: int) -> None:
+def _copy_columns(f: Function, numeric: Numeric, line: Value, target: Value, start: Value, stop: Value, step: Scalar) -> None:
     """Columns ``start .. stop - 1``, ``step`` source elements apart; entry ``x`` is at ``line + x * step``."""
     size, memory, lanes = numeric.compute_bytes, numeric.memory_bytes, numeric.lanes
-    if step == 1:
+    if isinstance(step, int) and step == 1:
         copy_run(f, numeric, line + start * memory, target + start * size, stop - start)
         return
 
     def single(x: Value) -> None:
         f.store(numeric.load(f, line + x * (step * memory), 1), target + x * size)
 
-    if step != 2:
+    if isinstance(step, Value):
         f.loop(start, stop, 1, single)
         return
 
@@ -171,10 +173,9 @@ def _copy_columns(f: Function, numeric: Numeric, line: Value, target: Value, sta
 def _pack_pixels(f: Function, a: Arguments, numeric: Numeric, step: int) -> None:
     """nhwc to ``inner``: for each row, slab and column, a run of channels; whole runs of columns where they are neighbours in memory."""
     size, memory = numeric.compute_bytes, numeric.memory_bytes
-    channels, source_column = a["channels"], a["source_column"]
+    channels, source_column, pixel = f["channels"], a["source_column"], a["tile_column"]
     positions, row_table, column_table = a.table("row_positions"), a.table("row_table"), a.table("column_table")
-    pixel = channels * size
-    neighbours = source_column.equals(channels * memory)
+    dense = f.define("i1", f"and i1 {source_column.equals(channels * memory).text}, {pixel.equals(channels * size).text}")
 
     def row(j: Value) -> None:
         offset = f.load_index(row_table, f.load_index(positions, j) + f["p0"])
@@ -201,13 +202,13 @@ def _pack_pixels(f: Function, a: Arguments, numeric: Numeric, step: int) -> None
                 first = line + (slab["offset"] + f["q0"] + start) * source_column
                 f.loop(0, start, 1, border)
                 f.branch(
-                    neighbours,
+                    dense,
                     lambda: copy_run(f, numeric, first, target + start * pixel, (stop - start) * channels),
                     lambda: f.loop(start, stop, 1, border) and None,
                 )
                 f.loop(stop, slab["length"], 1, border)
 
-            f.branch(offset >= 0, copy, lambda: zero_run(f, numeric, target, slab["length"] * channels))
+            f.branch(offset >= 0, copy, lambda: zero_run(f, numeric, target, slab["length"] * (pixel // size)))
 
         f.loop(0, a["slabs"], 1, slab_body)
 
@@ -217,7 +218,7 @@ def _pack_pixels(f: Function, a: Arguments, numeric: Numeric, step: int) -> None
 def _pack_transposed(f: Function, a: Arguments, numeric: Numeric) -> None:
     """nhwc to ``outer``: blocks of ``lanes`` columns by ``lanes`` channels, transposed in registers."""
     size, memory, lanes = numeric.compute_bytes, numeric.memory_bytes, numeric.lanes
-    channels, source_column, tile_channel = a["channels"], a["source_column"], a["tile_channel"]
+    channels, source_column, tile_channel = f["channels"], a["source_column"], a["tile_channel"]
     positions, row_table, column_table, zeros = a.table("row_positions"), a.table("row_table"), a.table("column_table"), a.table("zeros")
 
     def row(j: Value) -> None:

@@ -1,4 +1,4 @@
-"""From accumulators in scratch to the output: bias, conversion to the element type, memory format, interleaving of phases.
+"""From accumulators in scratch to the output: conversion to the element type, memory format, interleaving of phases.
 
 Two scratch layouts: *panel* ``[pixel][width]`` (vectors ran over channels) and *plane* ``[channel][pixel]`` (vectors ran over pixels).
 Pitches count bytes.
@@ -12,16 +12,12 @@ from ..codegen.numeric import Numeric
 __all__ = ["emit_store_panel", "emit_store_plane"]
 
 
-def _write_run(f: Function, numeric: Numeric, source: Value, target: Value, count: Value, add: Value | None = None) -> None:
-    """``count`` neighbouring elements from scratch (readable one vector past the end) to memory; ``add`` is a scalar to add."""
+def _write_run(f: Function, numeric: Numeric, source: Value, target: Value, count: Value) -> None:
+    """``count`` neighbouring elements from scratch (readable one vector past the end) to memory."""
     lanes, size, memory = numeric.lanes, numeric.compute_bytes, numeric.memory_bytes
-    many = f.splat(add, lanes) if add is not None else None
 
     def read(i: Value, count_lanes: int) -> Value:
-        value = f.load(source + i * size, numeric.vector if count_lanes == lanes else numeric.compute)
-        if add is None:
-            return value
-        return f.fadd(value, many if count_lanes == lanes and many is not None else add)
+        return f.load(source + i * size, numeric.vector if count_lanes == lanes else numeric.compute)
 
     whole = f.integer("and", count, -lanes)
     f.loop(0, whole, lanes, lambda i: numeric.store(f, read(i, lanes), target + i * memory, lanes))
@@ -82,13 +78,13 @@ def emit_store_panel(module: Module, numeric: Numeric, out_format: str) -> Funct
 
 
 def emit_store_plane(module: Module, numeric: Numeric, out_format: str, phases: int) -> Function:
-    """``store_plane(scratch, out, bias, rows, columns, channels, scratch_channel, scratch_row, scratch_phase, out_row, out_column, out_channel)``.
+    """``store_plane(scratch, out, rows, columns, channels, scratch_channel, scratch_row, scratch_phase, out_row, out_column, out_channel)``.
 
     ``columns`` are the pixels of a row in the output, of all ``phases`` together: pixel ``x`` is entry ``x // phases`` of the scratch of
-    phase ``x % phases``.  ``bias`` holds one value a channel in the compute type.
+    phase ``x % phases``.
     """
     names = ("rows", "columns", "channels", "scratch_channel", "scratch_row", "scratch_phase", "out_row", "out_column", "out_channel")
-    f = module.function("store_plane", [("ptr", "scratch"), ("ptr", "out"), ("ptr", "bias"), *(("i64", n) for n in names)])
+    f = module.function("store_plane", [("ptr", "scratch"), ("ptr", "out"), *(("i64", n) for n in names)])
     if out_format == "nchw":
         _planes_to_nchw(f, numeric, phases)
     else:
@@ -101,14 +97,11 @@ def _planes_to_nchw(f: Function, numeric: Numeric, phases: int) -> None:
     size, memory, lanes = numeric.compute_bytes, numeric.memory_bytes, numeric.lanes
 
     def channel(k: Value) -> None:
-        bias = f.load(f["bias"] + k * size, numeric.compute)
-        many = f.splat(bias, lanes)
-
         def row(p: Value) -> None:
             source = f["scratch"] + k * f["scratch_channel"] + p * f["scratch_row"]
             target = f["out"] + k * f["out_channel"] + p * f["out_row"]
             if phases == 1:
-                _write_run(f, numeric, source, target, f["columns"], bias)
+                _write_run(f, numeric, source, target, f["columns"])
                 return
             start = f.value(0)
             if phases == 2:
@@ -116,8 +109,8 @@ def _planes_to_nchw(f: Function, numeric: Numeric, phases: int) -> None:
                 second = source + f["scratch_phase"]
 
                 def block(i: Value) -> None:
-                    even = f.fadd(f.load(source + i * (lanes * size), numeric.vector), many)
-                    odd = f.fadd(f.load(second + i * (lanes * size), numeric.vector), many)
+                    even = f.load(source + i * (lanes * size), numeric.vector)
+                    odd = f.load(second + i * (lanes * size), numeric.vector)
                     mixed = [lane // 2 + (lane % 2) * lanes for lane in range(2 * lanes)]
                     place = target + i * (2 * lanes * memory)
                     numeric.store(f, f.shuffle(even, odd, mixed[:lanes]), place, lanes)
@@ -128,7 +121,7 @@ def _planes_to_nchw(f: Function, numeric: Numeric, phases: int) -> None:
 
             def single(x: Value) -> None:
                 entry = source + (x % phases) * f["scratch_phase"] + (x // phases) * size
-                numeric.store(f, f.fadd(f.load(entry, numeric.compute), bias), target + x * memory, 1)
+                numeric.store(f, f.load(entry, numeric.compute), target + x * memory, 1)
 
             f.loop(start, f["columns"], 1, single)
 
@@ -150,13 +143,12 @@ def _planes_to_nhwc(f: Function, numeric: Numeric, phases: int) -> None:
             def block(q: Value, source: Value = source, columns: Value = columns, phase: int = phase) -> None:
                 def channel_block(k: Value) -> None:
                     mask = f.lane_mask(f["channels"] - k, lanes)
-                    bias = f.load_masked(f["bias"] + k * size, mask, numeric.vector)
                     planes = [f.minimum(k + i, last) * f["scratch_channel"] for i in range(lanes)]
                     loaded = [f.load(source + plane + q * size, numeric.vector) for plane in planes]
                     for i, vector in enumerate(f.transpose(loaded)):
                         with f.when(q + i < columns):
                             place = target + ((q + i) * phases + phase) * f["out_column"] + k * memory
-                            numeric.store(f, f.fadd(vector, bias), place, lanes, mask)
+                            numeric.store(f, vector, place, lanes, mask)
 
                 f.loop(0, f["channels"], lanes, channel_block)
 

@@ -1,0 +1,135 @@
+"""The multiply-add loops of depthwise grad_weight: sums over the pixels of a tile for a block of taps, out of scratch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..codegen.emit import Function, Module, Value
+from .depthwise_tile import Lanes
+from .target import Target
+
+__all__ = ["Shape", "emit_bias_sum", "emit_products"]
+
+
+def _even(total: int, most: int) -> list[int]:
+    """``total`` split into as few parts as ``most`` allows, as even as can be, the larger ones first."""
+    parts = -(-total // most)
+    small, larger = divmod(total, parts)
+    return [small + 1] * larger + [small] * (parts - larger)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Blocks of taps (``row_most`` kernel rows by ``col_most`` columns at most), and pixels whose gradients stand in registers.
+
+    ``rows`` and ``columns``: the sizes of blocks that occur, the larger first; ``step`` and ``spacing``: pixels and column taps in scratch entries.
+    """
+
+    rows: tuple[int, ...]
+    columns: tuple[int, ...]
+    row_most: int
+    col_most: int
+    pixels: int
+    step: int
+    spacing: int
+
+    @classmethod
+    def choose(cls, target: Target, r: int, s: int, pixels: int, step: int, spacing: int) -> Shape:
+        """Blocks for an ``r x s`` kernel and rows of ``pixels``: accumulators take two thirds of the registers."""
+        most = 20 if target.registers >= 32 else 8
+        col_most = min(s, 16 if target.registers >= 32 else 7)
+        columns = _even(s, col_most)
+        row_most = min(r, max(1, most // columns[0]))
+        rows = _even(r, row_most)
+        taken = max(rows[0] * columns[0], 8 if target.registers >= 32 else 6)
+        free = max(1, min(8, target.registers - taken - (2 if target.fma else 3)))
+
+        def cost(count: int) -> tuple[float, int]:
+            return -(-pixels // count) * (count * rows[0] * columns[0] + 0.5 * (count + columns[0]) + 6), -count
+
+        best = min(range(1, free + 1), key=cost)
+        return cls(tuple(dict.fromkeys(rows)), tuple(dict.fromkeys(columns)), row_most, col_most, best, step, spacing)
+
+    def row_blocks(self, r: int) -> list[int]:
+        return _even(r, self.row_most)
+
+    def col_blocks(self, s: int) -> list[int]:
+        return _even(s, self.col_most)
+
+    @property
+    def name(self) -> str:
+        blocks = "_".join(map(str, self.rows)) + "x" + "_".join(map(str, self.columns))
+        return f"t{blocks}u{self.pixels}st{self.step}d{self.spacing}"
+
+
+PARAMETERS = (
+    ("ptr", "source"), ("ptr", "gradient"), ("ptr", "sums"), ("i64", "rows"), ("i64", "cols"), ("i64", "row_step"), ("i64", "tap_row"),
+    ("i64", "gradient_pitch"), ("i64", "sums_row"),
+)  # fmt: skip
+
+
+def emit_products(module: Module, lanes: Lanes, shape: Shape, rows: int, columns: int) -> Function:
+    """Emit ``sums[r][s] += sum over pixels p, q of source[p * row_step + r * tap_row][q * step + s * spacing] * gradient[p][q]``.
+
+    Loop nest: output rows, blocks of ``shape.pixels`` pixels (``cols`` is a multiple); the block of ``rows x columns`` taps stays in registers, in
+    several copies where it is too small to hide the latency of an addition.
+    """
+    f = module.function(f"products_{rows}x{columns}", PARAMETERS)
+    numeric, entry = lanes.numeric, lanes.entry_bytes
+    taps = rows * columns
+    copies = min(shape.pixels, -(-8 // taps)) if numeric.target.registers >= 32 else min(shape.pixels, -(-6 // taps))
+    zero = f.zero(numeric.vector)
+    width = shape.pixels
+
+    def block(_: Value, x: Value, g: Value, *sums: Value) -> list[Value]:
+        result = list(sums)
+        gradients = [f.load(g + u * entry, numeric.vector) for u in range(width)]
+        uses: dict[int, list[tuple[int, int]]] = {}
+        for u in range(width):
+            for s in range(columns):
+                uses.setdefault(u * shape.step + s * shape.spacing, []).append((u, s))
+        line = x
+        for r in range(rows):
+            for position in sorted(uses):
+                value = f.load(line + position * entry, numeric.vector)
+                for u, s in uses[position]:
+                    at = u % copies * taps + r * columns + s
+                    result[at] = f.fma(value, gradients[u], result[at], numeric.target.fma)
+            if r + 1 < rows:
+                line = line + f["tap_row"]
+        return [x + width * shape.step * entry, g + width * entry, *result]
+
+    def row(_: Value, x: Value, g: Value, *sums: Value) -> list[Value]:
+        after = f.loop(0, f["cols"], width, block, [x, g, *sums])[2:]
+        return [x + f["row_step"], g + f["gradient_pitch"], *after]
+
+    sums = f.loop(0, f["rows"], 1, row, [f["source"], f["gradient"], *[zero] * (taps * copies)])[2:]
+    for r in range(rows):
+        for s in range(columns):
+            value = sums[r * columns + s]
+            for copy in range(1, copies):
+                value = f.fadd(value, sums[copy * taps + r * columns + s])
+            at = f["sums"] + f["sums_row"] * r + s * entry
+            f.store(f.fadd(f.load(at, numeric.vector), value), at)
+    f.ret()
+    return f
+
+
+def emit_bias_sum(module: Module, lanes: Lanes, shape: Shape) -> Function:
+    """Emit ``sum += sum over pixels of gradient``, in as many accumulators as a block has pixels."""
+    f = module.function("bias_sum", (("ptr", "gradient"), ("ptr", "sum"), ("i64", "rows"), ("i64", "cols"), ("i64", "gradient_pitch")))
+    numeric, entry = lanes.numeric, lanes.entry_bytes
+
+    def block(_: Value, g: Value, *sums: Value) -> list[Value]:
+        return [g + shape.pixels * entry, *[f.fadd(value, f.load(g + u * entry, numeric.vector)) for u, value in enumerate(sums)]]
+
+    def row(i: Value, *sums: Value) -> list[Value]:
+        return f.loop(0, f["cols"], shape.pixels, block, [f["gradient"] + i * f["gradient_pitch"], *sums])[1:]
+
+    sums = f.loop(0, f["rows"], 1, row, [f.zero(numeric.vector)] * shape.pixels)
+    value = sums[0]
+    for other in sums[1:]:
+        value = f.fadd(value, other)
+    f.store(f.fadd(f.load(f["sum"], numeric.vector), value), f["sum"])
+    f.ret()
+    return f

@@ -1,0 +1,309 @@
+"""Depthwise grad_weight and the bias gradient: for each tap, the sum over images and pixels of input times output gradient.
+
+Vector lanes are channels; tiles of both operands are copied into scratch.  The sum has a fixed shape: tiles are grouped into *slices*,
+whose number depends on the problem only; each slice adds its tiles in order into its own partial sums, and a second stage adds the slices in order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+
+from ..codegen.emit import Function, Module, Value
+from ..codegen.entry import ArgumentBlock, Task, emit_entry
+from ..codegen.load import load
+from ..codegen.numeric import Numeric
+from ..problem import DTYPES, ConvProblem
+from . import target as targets
+from .depthwise_geometry import Line, lines
+from .depthwise_products import Shape, emit_bias_sum, emit_products
+from .depthwise_tile import Lanes, emit_load, image_strides, inside, odd_lines
+from .plan import CpuPlan
+from .target import Target
+
+__all__ = ["plan_weight"]
+
+ARGUMENTS = ArgumentBlock((
+    "tasks", "chunks", "chunk", "tiles", "slice_tiles", "row_tiles", "col_tiles", "tile_rows", "tile_cols", "vectors_total", "lanes_total", "multiplier",
+    "scratch_at", "scratch_bytes", "gradient_at", "pitch", "plane", "gradient_pitch", "gradient_plane",
+    "row_table", "row_step", "row_extent", "row_spacing", "col_table", "col_step", "col_extent", "inside_first", "inside_last",
+    "gradient_rows", "gradient_cols", "row_count", "col_count", "row_blocks", "row_groups", "col_blocks", "col_groups",
+    "source_image", "source_row", "source_channel", "gradient_image", "gradient_row", "gradient_channel",
+    "taps", "kernel_columns", "partial_slice", "partial_vector", "sum_tasks", "slices",
+))  # fmt: skip
+
+_SLICE_TASKS = 64  # tasks aimed at: enough for 16 threads to share evenly
+_PARTIAL_BYTES = 32 << 20
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a kernel of ``grad_weight`` is generated from: lanes of the input and of the gradient, and blocks of taps by pixels."""
+
+    source: Lanes
+    gradient: Lanes
+    shape: Shape
+    bias: bool
+
+    @property
+    def name(self) -> str:
+        numeric = self.source.numeric
+        parts = ("depthwise_weight", numeric.dtype, self.source.name, self.shape.name)
+        return "_".join((*parts, *(("bias",) if self.bias else ()), numeric.target.isa))
+
+
+def emit_weight(spec: Spec) -> str:
+    """The kernel of ``grad_weight``.
+
+    Stage 0, for each slice and chunk of vectors: zero the partial sums ``[tap (and bias)][lane]``; for each tile of the slice load both scratches, then for
+    each vector, block of kernel rows and block of kernel columns: add the products of all pixels to the partial sums.
+    Stage 1, for each vector: add the slices, write ``[k][r][s]``.
+    """
+    module = Module()
+    load_source = emit_load(module, spec.source, "load_source", zero_rows=True)
+    load_gradient = emit_load(module, spec.gradient, "load_gradient", zero_rows=True)
+    products = {
+        (rows, columns): emit_products(module, spec.source, spec.shape, rows, columns) for rows in spec.shape.rows for columns in spec.shape.columns
+    }
+    bias = emit_bias_sum(module, spec.gradient, spec.shape) if spec.bias else None
+
+    def gather(f: Function, task: Task) -> object:
+        return partial(_gather, f, task, spec, (load_source, load_gradient), products, bias)
+
+    def total(f: Function, task: Task) -> object:
+        return partial(_total, f, task, spec)
+
+    emit_entry(module, ARGUMENTS, [("tasks", gather), ("sum_tasks", total)])  # type: ignore[list-item]
+    return str(module)
+
+
+def _gather(
+    f: Function, task: Task, spec: Spec, loaders: tuple[Function, Function], products: dict[tuple[int, int], Function], bias: Function | None, index: Value
+) -> None:
+    lanes = spec.source
+    numeric, entry = lanes.numeric, lanes.entry_bytes
+    number = index // task["chunks"]
+    vector0 = index % task["chunks"] * task["chunk"]
+    vectors = f.minimum(task["chunk"], task["vectors_total"] - vector0)
+    scratch = task.workspace + task["scratch_at"] + task.thread * task["scratch_bytes"]
+    gradient = scratch + task["gradient_at"]
+    sums = task.workspace + (number * task["partial_slice"] + vector0 * task["partial_vector"])
+    zero = f.zero(numeric.vector)
+    f.loop(0, vectors * task["partial_vector"], entry, lambda i: f.store(zero, sums + i))
+    first_tile = number * task["slice_tiles"]
+
+    def tile(t: Value) -> None:
+        col0 = t % task["col_tiles"] * task["tile_cols"]
+        rest = t // task["col_tiles"]
+        row0 = rest % task["row_tiles"] * task["tile_rows"]
+        image = rest // task["row_tiles"]
+        rows = f.minimum(task["tile_rows"], task["row_count"] - row0)
+        real = f.minimum(task["tile_cols"], task["col_count"] - col0)
+        # Whole blocks of pixels: the gradient is zero behind the last one, and so is the input there.
+        cols = (real + spec.shape.pixels - 1) // spec.shape.pixels * spec.shape.pixels
+        first_row, first_col = row0 * task["row_step"], col0 * task["col_step"]
+        source_rows = (rows - 1) * task["row_step"] + task["row_extent"] + 1
+        source_cols = (cols - 1) * task["col_step"] + task["col_extent"] + 1
+        inside_first = f.minimum(f.maximum(task["inside_first"] - first_col, 0), source_cols)
+        inside_last = f.maximum(f.minimum(task["inside_last"] - first_col, source_cols), inside_first)
+        start = vector0 * numeric.lanes
+        f.call(loaders[0], [
+            task.operand("source") + image * task["source_image"], scratch, task.table("row_table") + first_row * 8, source_rows,
+            task.table("col_table") + first_col * 8, source_cols, inside_first, inside_last, start, vectors, task["lanes_total"], task["multiplier"],
+            f.value(0), task["pitch"], task["plane"], task["source_row"], task["source_channel"],
+        ])  # fmt: skip
+        f.call(loaders[1], [
+            task.operand("other") + image * task["gradient_image"], gradient, task.table("gradient_rows") + row0 * 8, rows,
+            task.table("gradient_cols") + col0 * 8, cols, f.value(0), real, start, vectors, task["lanes_total"], f.value(1),
+            f.value(0), task["gradient_pitch"], task["gradient_plane"], task["gradient_row"], task["gradient_channel"],
+        ])  # fmt: skip
+        f.loop(0, vectors, 1, lambda v: _vector(f, task, spec, (scratch, gradient, sums), v, (row0, rows, cols), products, bias))
+
+    f.loop(first_tile, f.minimum(first_tile + task["slice_tiles"], task["tiles"]), 1, tile)
+
+
+def _vector(
+    f: Function,
+    task: Task,
+    spec: Spec,
+    memory: tuple[Value, Value, Value],
+    v: Value,
+    tile: tuple[Value, Value, Value],
+    products: dict[tuple[int, int], Function],
+    bias: Function | None,
+) -> None:
+    """Every block of taps for one vector of channels of a tile."""
+    entry = spec.source.entry_bytes
+    row0, rows, cols = tile
+    source, gradient = memory[0] + v * task["plane"], memory[1] + v * task["gradient_plane"]
+    sums = memory[2] + v * task["partial_vector"]
+
+    def block(i: Value, j: Value, function: Function) -> None:
+        record = task.table("row_blocks") + i * 24
+        first, low, high = (f.load(record + 8 * k) for k in range(3))
+        column = f.load_index(task.table("col_blocks"), j)
+        # Output rows of the tile that these kernel rows read inside the image.
+        low = f.minimum(f.maximum(low - row0, 0), rows)
+        count = f.maximum(f.minimum(high - row0, rows) - low, 0)
+        at = (low * task["row_step"] + first * task["row_spacing"]) * task["pitch"] + column * (spec.shape.spacing * entry)
+        f.call(function, [
+            source + at, gradient + low * task["gradient_pitch"], sums + (first * task["kernel_columns"] + column) * entry, count, cols,
+            task["row_step"] * task["pitch"], task["row_spacing"] * task["pitch"], task["gradient_pitch"], task["kernel_columns"] * entry,
+        ])  # fmt: skip
+
+    for a, r in enumerate(spec.shape.rows):
+        row_bounds = task.table("row_groups") + 8 * a
+        for b, s in enumerate(spec.shape.columns):
+            col_bounds = task.table("col_groups") + 8 * b
+            function = products[r, s]
+
+            def each_row(i: Value, function: Function = function, bounds: Value = col_bounds) -> None:
+                f.loop(f.load(bounds), f.load(bounds + 8), 1, lambda j: block(i, j, function))
+
+            f.loop(f.load(row_bounds), f.load(row_bounds + 8), 1, each_row)
+    if bias is not None:
+        f.call(bias, [gradient, sums + task["taps"] * entry, rows, cols, task["gradient_pitch"]])
+
+
+def _total(f: Function, task: Task, spec: Spec, index: Value) -> None:
+    """Add the slices' sums of one vector of channels, in the order of the slices, and write its lanes."""
+    numeric, entry = spec.source.numeric, spec.source.entry_bytes
+    sums = task.workspace + index * task["partial_vector"]
+
+    def add(t: Value) -> None:
+        at = sums + t
+        value = f.load(at, numeric.vector)
+        _, value = f.loop(
+            1,
+            task["slices"],
+            1,
+            lambda _, p, value: [p + task["partial_slice"], f.fadd(value, f.load(p, numeric.vector))],
+            [at + task["partial_slice"], value],
+        )
+        f.store(value, at)
+
+    f.loop(0, task["partial_vector"], entry, add)
+    lane0 = index * numeric.lanes
+
+    def lane(i: Value) -> None:
+        number = lane0 + i
+        from_ = sums + i * numeric.compute_bytes
+        out = task.operand("out") + number * task["taps"] * numeric.memory_bytes
+
+        def tap(t: Value) -> None:
+            numeric.store(f, f.load(from_ + t * entry, numeric.compute), out + t * numeric.memory_bytes, 1)
+
+        f.loop(0, task["taps"], 1, tap)
+        if spec.bias:
+            value = f.load(from_ + task["taps"] * entry, numeric.compute)
+            numeric.store(f, value, task.operand("bias") + number * numeric.memory_bytes, 1)
+
+    f.loop(0, f.minimum(numeric.lanes, task["lanes_total"] - lane0), 1, lane)
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """Output rows and columns of a tile, vectors of channels together, tiles of a slice."""
+
+    rows: int
+    cols: int
+    vectors: int
+    slice_tiles: int
+
+
+def tiling(problem: ConvProblem, source: Lanes, lines_: tuple[Line, Line], pixels: int, target: Target) -> Tiling:
+    """Tiles of both operands within half of the second-level cache; depends on the problem and the machine, never on the thread count."""
+    rows, cols = lines_
+    budget = target.l2 // 2 // source.entry_bytes
+    total = -(-problem.k // source.numeric.lanes)
+
+    def entries(tile_rows: int, tile_cols: int) -> int:
+        tile_cols = -(-tile_cols // pixels) * pixels
+        return cols.length(tile_cols) * rows.length(tile_rows) + tile_rows * tile_cols
+
+    tile_cols = cols.count
+    while tile_cols > 64 and entries(min(4, rows.count), tile_cols) > budget:
+        tile_cols = -(-tile_cols // (2 * pixels)) * pixels
+    vectors = 1
+    if problem.format == "nhwc" and source.kind == "same":
+        vectors = max(1, min(total, 4, budget // entries(min(8, rows.count), tile_cols)))
+        vectors = -(-total // -(-total // vectors))
+    tile_rows = rows.count
+    while tile_rows > 1 and entries(tile_rows, tile_cols) * vectors > budget:
+        tile_rows = -(-rows.count // (-(-rows.count // tile_rows) + 1))
+    tiles = problem.n * -(-rows.count // tile_rows) * -(-cols.count // tile_cols)
+    chunks = -(-total // vectors)
+    slice_bytes = total * (problem.r * problem.s + 1) * source.entry_bytes
+    slices = max(1, min(tiles, -(-_SLICE_TASKS // chunks), _PARTIAL_BYTES // slice_bytes))
+    return Tiling(tile_rows, tile_cols, vectors, -(-tiles // slices))
+
+
+def _row_blocks(rows: Line, sizes: tuple[int, ...], blocks: list[int]) -> tuple[np.ndarray, np.ndarray]:  # type: ignore[type-arg]
+    """Records ``(first kernel row, first output row, last output row + 1)`` of the blocks, sorted by size, and where each size begins."""
+    ranges = rows.tap_ranges()[0]
+    records = []
+    first = 0
+    for size in blocks:
+        reached = np.flatnonzero((ranges[:, 0] < first + size) & (ranges[:, 1] > first))
+        records.append((size, first, int(reached[0]) if reached.size else 0, int(reached[-1]) + 1 if reached.size else 0))
+        first += size
+    records.sort(key=lambda record: (sizes.index(record[0]), record[1]))
+    starts = [sum(sizes.index(record[0]) < i for record in records) for i in range(len(sizes) + 1)]
+    return np.array([record[1:] for record in records], np.int64), np.array(starts, np.int64)
+
+
+def plan_weight(name: str, problem: ConvProblem, threads: int) -> CpuPlan:
+    """The plan of a depthwise ``grad_weight``."""
+    target = targets.target()
+    numeric = Numeric(problem.dtype, target)
+    tail = problem.k % numeric.lanes != 0
+    source = Lanes(numeric, problem.format, "same" if problem.kg == 1 else "shared", tail)
+    gradient = Lanes(numeric, problem.format, "same", tail)
+    rows, cols = lines(problem, reduce_columns=problem.format == "nhwc")
+    shape = Shape.choose(target, problem.r, problem.s, cols.count, cols.step, cols.spacing)
+    tile = tiling(problem, source, (rows, cols), shape.pixels, target)
+    spec = Spec(source, gradient, shape, problem.epilogue.bias)
+    kernel = load(spec.name, target, lambda: emit_weight(spec))
+    row_blocks, row_groups = _row_blocks(rows, shape.rows, shape.row_blocks(problem.r))
+    col_sizes = shape.col_blocks(problem.s)
+    col_starts = np.cumsum([0, *col_sizes[:-1]])
+    slack = shape.pixels * (cols.step + 1)
+    tables = {
+        "row_table": rows.table(),
+        "col_table": cols.table(slack),
+        "gradient_rows": np.arange(problem.p, dtype=np.int64),
+        "gradient_cols": np.concatenate([np.arange(problem.q, dtype=np.int64), np.full(slack, -1, np.int64)]),
+        "row_blocks": row_blocks,
+        "row_groups": row_groups,
+        "col_blocks": np.array(col_starts, np.int64),
+        "col_groups": np.array([sum(shape.columns.index(c) < i for c in col_sizes) for i in range(len(shape.columns) + 1)], np.int64),
+    }
+    values = {key: table.ctypes.data for key, table in tables.items()}
+    vectors = -(-problem.k // numeric.lanes)
+    entry = source.entry_bytes
+    tile_cols = -(-tile.cols // shape.pixels) * shape.pixels
+    pitch, gradient_pitch = odd_lines(cols.length(tile_cols) * entry), odd_lines(tile_cols * entry)
+    plane, gradient_plane = odd_lines(pitch * rows.length(tile.rows)), odd_lines(gradient_pitch * tile.rows)
+    gradient_at = plane * tile.vectors + numeric.lanes * entry
+    scratch_bytes = -(-(gradient_at + gradient_plane * tile.vectors + numeric.lanes * entry) // 4096) * 4096 + 64
+    tiles = (problem.n, -(-rows.count // tile.rows), -(-cols.count // tile.cols))
+    count = tiles[0] * tiles[1] * tiles[2]
+    slices, chunks = -(-count // tile.slice_tiles), -(-vectors // tile.vectors)
+    partial_vector = (problem.r * problem.s + problem.epilogue.bias) * entry
+    scratch_at = -(-slices * vectors * partial_vector // 4096) * 4096
+    first, last = inside(cols, problem.format)
+    values |= {
+        "tasks": slices * chunks, "chunks": chunks, "chunk": tile.vectors, "tiles": count, "slice_tiles": tile.slice_tiles, "row_tiles": tiles[1],
+        "col_tiles": tiles[2], "tile_rows": tile.rows, "tile_cols": tile.cols, "vectors_total": vectors, "lanes_total": problem.k,
+        "multiplier": problem.kg, "scratch_at": scratch_at, "scratch_bytes": scratch_bytes, "gradient_at": gradient_at, "pitch": pitch, "plane": plane,
+        "gradient_pitch": gradient_pitch, "gradient_plane": gradient_plane, "row_step": rows.step, "row_extent": rows.extent, "row_spacing": rows.spacing,
+        "col_step": cols.step, "col_extent": cols.extent, "inside_first": first, "inside_last": last, "row_count": rows.count, "col_count": cols.count,
+        "taps": problem.r * problem.s, "kernel_columns": problem.s, "partial_slice": vectors * partial_vector, "partial_vector": partial_vector,
+        "sum_tasks": vectors, "slices": slices,
+    }  # fmt: skip
+    values |= image_strides("source", problem.format, problem.c, problem.h, problem.w, DTYPES[problem.dtype])
+    values |= image_strides("gradient", problem.format, problem.k, problem.p, problem.q, DTYPES[problem.dtype])
+    facts = {"tile": (tile.rows, tile.cols), "vectors": tile.vectors, "slices": slices, "block": shape.name}
+    return CpuPlan(problem, name, kernel, ARGUMENTS.pack(threads, values), tuple(tables.values()), scratch_at + threads * scratch_bytes, facts)

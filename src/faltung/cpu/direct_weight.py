@@ -1,0 +1,189 @@
+"""The weight's gradient (and the bias's) for any kernel, stride, dilation, groups, padding mode and type."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..codegen.load import load
+from ..codegen.numeric import Numeric
+from ..dispatch import Unsupported
+from ..problem import DTYPES, ConvProblem
+from . import target as targets
+from .direct_weight_kernel import ARGUMENTS, DirectWeightKernel
+from .geometry import Axis, axes
+from .plan import CpuPlan
+from .target import Target
+from .tile import Tile, align, pitches, weight_strides
+from .tiling import Block, choose_block, split_count, tile_candidates
+
+__all__ = ["DIRECT_WEIGHT", "DirectWeight", "WeightConfig", "choose_config"]
+
+_SLACK = 4096
+_CHUNK_PIXELS = 192
+_TASKS = 24  # enough to share out evenly, whatever the number of threads: the parts must not depend on it
+_PARTIAL_BYTES = 16 << 20
+_BLOCK_BYTES = 320 << 10  # of partial sums that a task works on: they stay in the second-level cache
+_PANEL_BYTES = 192 << 10
+
+
+@dataclass(frozen=True)
+class WeightConfig:
+    """Blocks of a grad_weight: ``tile`` is (images, rows, columns) of pixels."""
+
+    tile: tuple[int, int, int]
+    block: Block
+    block_channels: int
+    block_panels: int
+    parts: int
+    part_tiles: int
+
+
+def choose_config(problem: ConvProblem, target: Target) -> WeightConfig:
+    """Blocks from sizes and caches alone (not from the number of threads)."""
+    numeric = Numeric(problem.dtype, target)
+    lanes, size = numeric.lanes, numeric.compute_bytes
+    vectors, taps = -(-problem.kg // lanes), problem.r * problem.s
+    vectors_per_block = max(1, min(vectors, 128 // lanes * 2))
+    channels = max(1, min(problem.cg, _BLOCK_BYTES // (taps * vectors_per_block * lanes * size)))
+    c_blocks = -(-problem.cg // channels)
+    channels = -(-problem.cg // c_blocks)
+    last = problem.cg - (c_blocks - 1) * channels
+    while last <= 0:
+        c_blocks -= 1
+        last = problem.cg - (c_blocks - 1) * channels
+    block = choose_block(target, tuple(sorted({channels, last})), vectors, _CHUNK_PIXELS, round_vectors=False)
+    panels = -(-vectors // block.vectors)
+    block_panels = max(1, min(panels, vectors_per_block // block.vectors))
+    tile = _choose_tile(problem, target, channels, block_panels * block.vectors * lanes, size)
+    tiles = -(-problem.n // tile[0]) * -(-problem.p // tile[1]) * -(-problem.q // tile[2])
+    blocks = problem.g * c_blocks * -(-panels // block_panels)
+    part_bytes = problem.g * taps * problem.cg * vectors * lanes * size
+    parts = max(1, min(tiles, -(-_TASKS // blocks), _PARTIAL_BYTES // max(1, part_bytes)))
+    part_tiles = -(-tiles // parts)
+    return WeightConfig(tile, block, channels, block_panels, -(-tiles // part_tiles), part_tiles)
+
+
+def _choose_tile(problem: ConvProblem, target: Target, channels: int, width: int, size: int) -> tuple[int, int, int]:
+    """Images, rows and columns of a tile: at least a chunk of pixels, within the cache."""
+    budget = target.l2 * 2 // 5
+    pixels = max(_CHUNK_PIXELS, _PANEL_BYTES // (width * size))
+
+    def fits(p: int, q: int) -> bool:
+        rows, columns = axes(problem, (p, q))
+        return rows.scratch_starts[-1] * columns.scratch_starts[-1] * channels * size <= budget
+
+    columns = next((q for q in tile_candidates(problem.q) if q <= max(pixels, 1) and fits(1, q)), 1)
+    # Some tiles are wanted even from one image, so that there are parts to share out.
+    fewest = max(1, min(problem.p, -(-8 // max(1, problem.n))))
+    rows = next((p for p in tile_candidates(problem.p) if p * columns <= pixels and fits(p, columns) and -(-problem.p // p) >= fewest), 1)
+    images = 1
+    if rows == problem.p and columns == problem.q:
+        axis_rows, axis_columns = axes(problem, (rows, columns))
+        image = axis_rows.scratch_starts[-1] * axis_columns.scratch_starts[-1] * channels * size
+        images = max(1, min(problem.n, _CHUNK_PIXELS // max(1, rows * columns), budget // max(1, image)))
+    return images, rows, columns
+
+
+class DirectWeight:
+    """The implementation named ``direct`` for the direction grad_weight."""
+
+    name = "direct"
+
+    def plan(self, problem: ConvProblem, threads: int) -> CpuPlan:
+        """A plan for grad_weight; raises :class:`Unsupported` for another direction."""
+        if problem.direction != "grad_weight":
+            raise Unsupported("only grad_weight")
+        target = targets.target()
+        return build_plan(problem, target, threads, choose_config(problem, target))
+
+
+DIRECT_WEIGHT = DirectWeight()
+
+
+def _pixel_offsets(tile: Tile, config: WeightConfig, image_bytes: int, columns: int) -> np.ndarray:
+    """Byte offsets of the tile's pixels in their order: images, rows, ``columns`` columns."""
+    images, rows, _ = config.tile
+    grid = (
+        np.arange(images, dtype=np.int64)[:, None, None] * image_bytes
+        + np.arange(rows, dtype=np.int64)[None, :, None] * tile.row
+        + np.arange(columns, dtype=np.int64)[None, None, :] * tile.column
+    )
+    return np.ascontiguousarray(grid.reshape(-1))
+
+
+def _weight_rows(problem: ConvProblem, tap_pitch: int, row_pitch: int) -> np.ndarray:
+    """For each weight of one output channel, in memory order: its byte offset among the partial sums ``[tap][c][k]``."""
+    taps = np.arange(problem.r * problem.s, dtype=np.int64) * tap_pitch
+    channels = np.arange(problem.cg, dtype=np.int64) * row_pitch
+    grid = channels[:, None] + taps[None, :] if problem.weight_format == "nchw" else taps[:, None] + channels[None, :]
+    return np.ascontiguousarray(grid.reshape(-1))
+
+
+def build_plan(problem: ConvProblem, target: Target, threads: int, config: WeightConfig, name: str = "direct") -> CpuPlan:
+    """Tables, kernel and argument block for a configuration."""
+    numeric = Numeric(problem.dtype, target)
+    lanes, size = numeric.lanes, numeric.compute_bytes
+    rows, columns = axes(problem, config.tile[1:])
+    c_blocks = -(-problem.cg // config.block_channels)
+    last = problem.cg - (c_blocks - 1) * config.block_channels
+    vectors = -(-problem.kg // lanes)
+    kernel = DirectWeightKernel(
+        target, problem.dtype, problem.format, min(columns.step, 3), config.block.rows, config.block.vectors,
+        any(split_count(c, config.block.rows)[1] for c in (config.block_channels, last)), bool(split_count(vectors, config.block.vectors)[1]),
+    )  # fmt: skip
+    tile = Tile(rows, columns, kernel.layout, config.block_channels, size, pitches(problem, True))
+    image_bytes = align(tile.bytes + 64)
+    values, tables = _values(problem, config, numeric, kernel, tile, rows, columns, image_bytes)
+    panels_at = align(config.tile[0] * image_bytes + _SLACK)
+    panel_bytes = values["panel_pixels"] * config.block_panels * config.block.vectors * lanes * size
+    values |= {"panels_at": panels_at, "scratch_size": align(panels_at + panel_bytes + _SLACK) + 64 * 9}
+    facts = {
+        "block": f"{config.block.rows}x{config.block.vectors}", "tile": "x".join(map(str, config.tile)), "parts": config.parts,
+        "tasks": values["tasks"], "predicted_cycles": config.block.cycles * problem.r * problem.s * problem.g * problem.n * problem.p * problem.q / threads,
+    }  # fmt: skip
+    workspace_bytes = values["scratch_at"] + threads * values["scratch_size"]
+    block = ARGUMENTS.pack(threads, values)
+    return CpuPlan(problem, name, load(kernel.name, target, kernel.emit), block, tables, workspace_bytes, facts)
+
+
+def _values(
+    problem: ConvProblem, config: WeightConfig, numeric: Numeric, kernel: DirectWeightKernel, tile: Tile, rows: Axis, columns: Axis, image_bytes: int
+) -> tuple[dict[str, int], list[np.ndarray]]:
+    """The argument block's values by name, but for the scratch, and the tables they point to."""
+    lanes, size, memory = numeric.lanes, numeric.compute_bytes, DTYPES[problem.dtype]
+    images, tile_p, tile_q = config.tile
+    x, gy = pitches(problem, True), pitches(problem, False)
+    vectors = -(-problem.kg // lanes)
+    panels = -(-vectors // config.block.vectors)
+    p_tiles, q_tiles = -(-problem.p // tile_p), -(-problem.q // tile_q)
+    tiles = -(-problem.n // images) * p_tiles * q_tiles
+    k_blocks, c_blocks = -(-panels // config.block_panels), -(-problem.cg // config.block_channels)
+    row = vectors * lanes * size
+    tap = problem.cg * row
+    group = problem.r * problem.s * tap
+    whole_rows = tile_q == problem.q
+    pixel_offsets = _pixel_offsets(tile, config, image_bytes, tile_q)
+    last_offsets = _pixel_offsets(tile, config, image_bytes, problem.q - (q_tiles - 1) * tile_q)
+    taps = np.array([tile.offset(a, b) for a in rows.phases[0].taps for b in columns.phases[0].taps], dtype=np.int64)
+    gy_offsets = np.arange(tile_p * tile_q if whole_rows else tile_q, dtype=np.int64) * gy[3]
+    weight_rows = _weight_rows(problem, tap, row)
+    weight_count = problem.cg * problem.r * problem.s
+    bias_at = align(config.parts * problem.g * group)
+    values = {
+        **tile.arguments(),
+        "tasks": problem.g * k_blocks * c_blocks * config.parts, "finish_tasks": problem.g * -(-weight_count // lanes), "parts": config.parts,
+        "part_tiles": config.part_tiles, "tiles": tiles, "k_blocks": k_blocks, "c_blocks": c_blocks, "block_panels": config.block_panels,
+        "block_channels": config.block_channels, "groups": problem.g, "p_tiles": p_tiles, "q_tiles": q_tiles, "tile_p": tile_p, "tile_q": tile_q,
+        "tile_images": images, "images": problem.n, "p": problem.p, "q": problem.q, "in_channels": problem.cg, "out_channels": problem.kg,
+        "wide_panels": split_count(vectors, config.block.vectors)[0], "panels": panels, "x_image": x[0], "x_group": x[1] * problem.cg,
+        "gy_image": gy[0], "gy_row": gy[2], "gy_column": gy[3], "gy_channel": gy[1], "gy_offsets": gy_offsets.ctypes.data,
+        "gy_contiguous": int(problem.format == "nchw"), "whole_rows": int(whole_rows), "image_bytes": image_bytes,
+        "pixel_offsets": pixel_offsets.ctypes.data, "last_pixel_offsets": last_offsets.ctypes.data, "taps": len(taps), "tap_offsets": taps.ctypes.data,
+        "chunk": _CHUNK_PIXELS, "partial_at": 0, "partial_part": problem.g * group, "partial_group": group, "partial_tap": tap, "partial_row": row,
+        "bias_part_at": bias_at, "bias_part": problem.g * row, "has_bias": int(problem.epilogue.bias),
+        "scratch_at": align(bias_at + config.parts * problem.g * row + 64, 4096), "panel_pixels": images * tile_p * tile_q,
+        "weight_count": weight_count, "weight_rows": weight_rows.ctypes.data, "weight_pitch": weight_count * memory,
+    }  # fmt: skip
+    return values, [*tile.tables, pixel_offsets, last_offsets, taps, gy_offsets, weight_rows]

@@ -1,0 +1,279 @@
+"""The kernel of the weight's gradient: a GEMM whose reduction runs over pixels.
+
+Loop nest::
+
+    stage 1, for each group, block of output channels, block of input channels, part of the pixels (a fixed number of parts):
+        for each tile of the part (some images, output rows and columns):
+            pack the tile of x                     [channel][row][column] or [row][column][channel]
+            pack the gradient of y                 [panel of output channels][pixel][lanes]
+            for each panel, piece of the pixels, tap, rows of input channels:
+                partial[tap][c][k] += x[pixel + tap][c] * gy[pixel][k]          micro-kernels, the pixels' offsets in a table
+            partial bias[k] += gy[pixel][k]
+    stage 2, for each group and block of weights:  add the parts in order, transpose into the weight's memory format
+
+The parts depend on the problem alone, so the bits do not depend on the number of threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ..codegen.emit import Function, Module, Value
+from ..codegen.entry import ArgumentBlock, Task, emit_entry
+from ..codegen.numeric import Numeric
+from .micro import Micro, call_micro, emit_micro
+from .pack import TILE_ARGUMENTS, emit_pack_panel, emit_pack_tile
+from .target import Target
+
+__all__ = ["ARGUMENTS", "DirectWeightKernel"]
+
+ARGUMENTS = ArgumentBlock(
+    (
+        *TILE_ARGUMENTS,
+        "tasks", "finish_tasks", "parts", "part_tiles", "tiles", "k_blocks", "c_blocks", "block_panels", "block_channels", "groups",
+        "p_tiles", "q_tiles", "tile_p", "tile_q", "tile_images", "images", "p", "q", "in_channels", "out_channels", "wide_panels", "panels",
+        "x_image", "x_group", "gy_image", "gy_row", "gy_column", "gy_channel", "gy_offsets", "gy_contiguous", "whole_rows",
+        "image_bytes", "pixel_offsets", "last_pixel_offsets", "taps", "tap_offsets", "chunk", "partial_at", "partial_part", "partial_group",
+        "partial_tap", "partial_row", "bias_part_at", "bias_part", "has_bias", "scratch_at", "scratch_size", "panels_at", "panel_pixels",
+        "weight_count", "weight_rows", "weight_pitch",
+    )
+)  # fmt: skip
+"""Pitches are bytes.  ``parts`` of ``part_tiles`` tiles each; a tile is ``tile_images`` images by ``tile_p`` rows by ``tile_q`` columns.
+``pixel_offsets``: where the tile holds each pixel (``last_pixel_offsets``: in the last, narrower tile of columns).  ``partial_*``: the partial
+sums' place and pitches.  ``weight_rows``: for each weight of an output channel, in memory order, its row in a part."""
+
+
+@dataclass(frozen=True)
+class DirectWeightKernel:
+    """What a grad_weight kernel is made for: ``rows`` x ``vectors`` accumulators, with pieces one smaller where ``narrow_*`` say so."""
+
+    target: Target
+    dtype: str
+    format: str
+    step: int
+    rows: int
+    vectors: int
+    narrow_rows: bool
+    narrow_vectors: bool
+
+    @property
+    def name(self) -> str:
+        flags = f"{'r' if self.narrow_rows else ''}{'v' if self.narrow_vectors else ''}"
+        return f"direct_weight_{self.dtype}_{self.format}_{self.rows}x{self.vectors}_st{self.step}{'_' + flags if flags else ''}_{self.target.isa}"
+
+    @property
+    def layout(self) -> str:
+        return "inner" if self.format == "nhwc" else "outer"
+
+    def emit(self) -> str:
+        """The module's IR text; its entry point is ``entry``."""
+        module = Module()
+        builder = _Builder(self, module, Numeric(self.dtype, self.target))
+        emit_entry(module, ARGUMENTS, [("tasks", builder.main_stage), ("finish_tasks", builder.finish_stage)])
+        return str(module)
+
+
+class _Builder:
+    def __init__(self, kernel: DirectWeightKernel, module: Module, numeric: Numeric) -> None:
+        self.kernel, self.module, self.numeric = kernel, module, numeric
+        self.pack_tile = emit_pack_tile(module, ARGUMENTS, numeric, kernel.format, kernel.layout, kernel.step)
+        self.pack_panel = emit_pack_panel(module, numeric)
+        self.micros: dict[tuple[int, int], Function] = {}
+        for vectors in (kernel.vectors, kernel.vectors - 1)[: 2 if kernel.narrow_vectors else 1]:
+            for rows in (kernel.rows, kernel.rows - 1)[: 2 if kernel.narrow_rows else 1]:
+                self.micros[rows, vectors] = emit_micro(module, numeric, Micro("channels", rows, vectors, unit_pitch=kernel.layout == "inner"))
+
+    def panel_start(self, f: Function, wide_panels: Value, index: Value) -> Value:
+        """First output channel (of the group) of a panel; panels are ``vectors`` vectors wide, then one less."""
+        lanes = self.numeric.lanes
+        wide, narrow = self.kernel.vectors * lanes, max(1, self.kernel.vectors - 1) * lanes
+        return index * narrow + f.minimum(index, wide_panels) * (wide - narrow)
+
+    def main_stage(self, f: Function, task: Task) -> Callable[[Value], None]:
+        scratch = task.workspace + task["scratch_at"] + task.thread * task["scratch_size"]
+
+        def body(index: Value) -> None:
+            t: dict[str, Value] = {"tile": scratch, "panels": scratch + task["panels_at"]}
+            t["part"], index = index % task["parts"], index // task["parts"]
+            c_block, index = index % task["c_blocks"], index // task["c_blocks"]
+            k_block, t["group"] = index % task["k_blocks"], index // task["k_blocks"]
+            t["c0"] = c_block * task["block_channels"]
+            t["channels"] = f.minimum(task["in_channels"] - t["c0"], task["block_channels"])
+            t["first_panel"] = k_block * task["block_panels"]
+            t["last_panel"] = f.minimum(t["first_panel"] + task["block_panels"], task["panels"])
+            t["k0"] = self.panel_start(f, task["wide_panels"], t["first_panel"])
+            part_at = task.workspace + task["partial_at"] + t["part"] * task["partial_part"] + t["group"] * task["partial_group"]
+            t["partial"] = part_at + t["c0"] * task["partial_row"] + t["k0"] * self.numeric.compute_bytes
+            t["bias"] = (
+                task.workspace + task["bias_part_at"] + t["part"] * task["bias_part"] + t["group"] * task["partial_row"] + t["k0"] * self.numeric.compute_bytes
+            )
+            t["wants_bias"] = f.define("i1", f"and i1 {(task['has_bias'] > 0).text}, {c_block.equals(0).text}")
+            first = t["part"] * task["part_tiles"]
+            last = f.minimum(first + task["part_tiles"], task["tiles"])
+            f.loop(first, last, 1, lambda tile: self.tile(f, task, t, tile, tile.equals(first)))
+
+        return body
+
+    def tile(self, f: Function, task: Task, t: dict[str, Value], index: Value, first: Value) -> None:
+        """One tile of pixels for the task's channels."""
+        q_tile, index = index % task["q_tiles"], index // task["q_tiles"]
+        p_tile, image_tile = index % task["p_tiles"], index // task["p_tiles"]
+        q0, p0, image0 = q_tile * task["tile_q"], p_tile * task["tile_p"], image_tile * task["tile_images"]
+        rows = f.minimum(task["p"] - p0, task["tile_p"])
+        columns = f.minimum(task["q"] - q0, task["tile_q"])
+        images = f.minimum(task["images"] - image0, task["tile_images"])
+        x = task.operand("source") + image0 * task["x_image"] + t["group"] * task["x_group"] + t["c0"] * task["source_channel"]
+        block = f.to_pointer(f.load(f["context"]))
+
+        def pack_image(i: Value) -> None:
+            f.call(self.pack_tile, [block, x + i * task["x_image"], t["tile"] + i * task["image_bytes"], p0, q0, t["channels"]])
+
+        f.loop(0, images, 1, pack_image)
+        offset = p0 * task["gy_row"] + q0 * task["gy_column"] + t["group"] * task["out_channels"] * task["gy_channel"]
+        gy = task.operand("other") + image0 * task["gy_image"] + offset
+        image_pixels = rows * columns
+        pixels = images * image_pixels
+        self.panels(f, task, t, lambda panel, vectors: self.pack_gradient(f, task, t, panel, vectors, gy, images, rows, columns))
+        table = f.to_pointer(f.select(columns.equals(task["tile_q"]), task["pixel_offsets"], task["last_pixel_offsets"]))
+        self.panels(f, task, t, lambda panel, vectors: self.panel(f, task, t, panel, vectors, table, pixels, first))
+
+    def panels(self, f: Function, task: Task, t: dict[str, Value], body: Callable[[Value, int], None]) -> None:
+        """``body(index, vectors)`` for the panels of the task's block of output channels."""
+        split = f.maximum(f.minimum(task["wide_panels"], t["last_panel"]), t["first_panel"])
+        f.loop(t["first_panel"], split, 1, lambda i: body(i, self.kernel.vectors))
+        if self.kernel.narrow_vectors:
+            f.loop(split, t["last_panel"], 1, lambda i: body(i, self.kernel.vectors - 1))
+
+    def panel_place(self, f: Function, task: Task, t: dict[str, Value], index: Value) -> tuple[Value, Value]:
+        """First output channel of a panel relative to the block, and the panel's place in scratch."""
+        start = self.panel_start(f, task["wide_panels"], index) - t["k0"]
+        return start, t["panels"] + start * task["panel_pixels"] * self.numeric.compute_bytes
+
+    def pack_gradient(
+        self, f: Function, task: Task, t: dict[str, Value], index: Value, vectors: int, gy: Value, images: Value, rows: Value, columns: Value
+    ) -> None:
+        """The gradient of y as ``[pixel][width]``: whole images where the tile spans whole rows, else row by row."""
+        width = vectors * self.numeric.lanes
+        start, place = self.panel_place(f, task, t, index)
+        limit = task["out_channels"] - t["k0"] - start
+        source = gy + (start + t["k0"]) * task["gy_channel"]
+        whole = task["whole_rows"] > 0
+        runs = f.select(whole, f.value(1), rows)
+        length = f.select(whole, rows * columns, columns)
+
+        def image(i: Value) -> None:
+            def run(j: Value) -> None:
+                target = place + (i * rows * columns + j * length) * (width * self.numeric.compute_bytes)
+                pointer = source + i * task["gy_image"] + j * task["gy_row"]
+                arguments = [pointer, target, task.table("gy_offsets"), length, limit, f.value(width), task["gy_channel"], task["gy_contiguous"]]
+                f.call(self.pack_panel, arguments)
+
+            f.loop(0, runs, 1, run)
+
+        f.loop(0, images, 1, image)
+
+    def panel(self, f: Function, task: Task, t: dict[str, Value], index: Value, vectors: int, table: Value, pixels: Value, first: Value) -> None:
+        """Every weight of one panel of output channels."""
+        numeric = self.numeric
+        size, width = numeric.compute_bytes, vectors * numeric.lanes
+        start, place = self.panel_place(f, task, t, index)
+        partial = t["partial"] + start * size
+        row_pitch, pitch = task["partial_row"], task["tile_channel"]
+        zeros = task.table("zeros")
+
+        def chunk(t0: Value) -> None:
+            length = f.minimum(pixels - t0, task["chunk"])
+            panel = place + t0 * (width * size)
+            fresh = f.define("i1", f"and i1 {first.text}, {t0.equals(0).text}")
+            init_pitch = f.select(fresh, f.value(0), row_pitch)
+
+            def tap(index: Value) -> None:
+                source = t["tile"] + f.load_index(task.table("tap_offsets"), index)
+                c = partial + index * task["partial_tap"]
+
+                def piece(m: Value, rows: int) -> None:
+                    out = c + m * row_pitch
+                    call_micro(
+                        f, self.micros[rows, vectors], source=source + m * pitch, panel=panel, c=out, init=f.select(fresh, zeros, out), table=table + t0 * 8,
+                        count=length, pitch=pitch, c_pitch=row_pitch, init_pitch=init_pitch, lanes_last=f.value(0),
+                    )  # fmt: skip
+
+                self.pieces(f, t["channels"], piece)
+
+            f.loop(0, task["taps"], 1, tap)
+            with f.when(t["wants_bias"]):
+                self.add_bias(f, t["bias"] + start * size, panel, length, vectors, fresh)
+
+        f.loop(0, pixels, task["chunk"], chunk)
+
+    def pieces(self, f: Function, total: Value, body: Callable[[Value, int], None]) -> None:
+        size = self.kernel.rows
+        count = (total + (size - 1)) // size
+        wide = (total - count * (size - 1)) if self.kernel.narrow_rows else count
+        f.loop(0, wide, 1, lambda i: body(i * size, size))
+        if self.kernel.narrow_rows:
+            f.loop(wide, count, 1, lambda i: body(i * (size - 1) + wide, size - 1))
+
+    def add_bias(self, f: Function, target: Value, panel: Value, length: Value, vectors: int, fresh: Value) -> None:
+        """``target[k] += sum over pixels``: each piece is summed for itself first, which keeps the error of long sums small."""
+        numeric = self.numeric
+        step = numeric.lanes * numeric.compute_bytes
+
+        def pixel(i: Value, *sums: Value) -> list[Value]:
+            line = panel + i * (vectors * step)
+            return [f.fadd(s, f.load(line + v * step, numeric.vector)) for v, s in enumerate(sums)]
+
+        sums = f.loop(0, length, 1, pixel, [f.zero(numeric.vector)] * vectors)
+        for v, total in enumerate(sums):
+            place = target + v * step
+            before = f.select(fresh, f.zero(numeric.vector), f.load(place, numeric.vector))
+            f.store(f.fadd(before, total), place)
+
+    def finish_stage(self, f: Function, task: Task) -> Callable[[Value], None]:
+        """``lanes`` weights (neighbours in memory) of every output channel of a group; the first task of a group also finishes the bias."""
+        numeric = self.numeric
+        size, memory, lanes = numeric.compute_bytes, numeric.memory_bytes, numeric.lanes
+
+        def body(index: Value) -> None:
+            group, block = index % task["groups"], index // task["groups"]
+            j0, count = block * lanes, task["weight_count"]
+            out_channels, pitch = task["out_channels"], task["weight_pitch"]
+            rows = task.table("weight_rows")
+            parts = task.workspace + task["partial_at"] + group * task["partial_group"]
+            places = [parts + f.load_index(rows, f.minimum(j0 + i, count - 1)) for i in range(lanes)]
+            out = task.operand("out") + group * out_channels * pitch + j0 * memory
+            mask = f.lane_mask(count - j0, lanes)
+
+            def channel_block(k: Value) -> None:
+                summed = [self.sum_parts(f, task, place + k * size, task["partial_part"]) for place in places]
+                for i, vector in enumerate(f.transpose(summed)):
+                    with f.when(k + i < out_channels):
+                        numeric.store(f, vector, out + (k + i) * pitch, lanes, mask)
+
+            f.loop(0, out_channels, lanes, channel_block)
+            wanted = f.define("i1", f"and i1 {block.equals(0).text}, {(task['has_bias'] > 0).text}")
+            with f.when(wanted):
+                self.finish_bias(f, task, group)
+
+        return body
+
+    def sum_parts(self, f: Function, task: Task, place: Value, pitch: Value) -> Value:
+        """The sum over the parts, in order."""
+        numeric = self.numeric
+        first = f.load(place, numeric.vector)
+        (total,) = f.loop(1, task["parts"], 1, lambda i, s: [f.fadd(s, f.load(place + i * pitch, numeric.vector))], [first])
+        return total
+
+    def finish_bias(self, f: Function, task: Task, group: Value) -> None:
+        numeric = self.numeric
+        out_channels = task["out_channels"]
+        parts = task.workspace + task["bias_part_at"] + group * task["partial_row"]
+        out = task.operand("bias") + group * out_channels * numeric.memory_bytes
+
+        def block(k: Value) -> None:
+            total = self.sum_parts(f, task, parts + k * numeric.compute_bytes, task["bias_part"])
+            mask = f.lane_mask(out_channels - k, numeric.lanes)
+            numeric.store(f, total, out + k * numeric.memory_bytes, numeric.lanes, mask)
+
+        f.loop(0, out_channels, numeric.lanes, block)

@@ -1,0 +1,90 @@
+"""A packed tile of the gathered operand: its layout in scratch and the tables that packing reads.  See :mod:`faltung.cpu.pack`."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from ..problem import DTYPES, ConvProblem
+from .geometry import Axis, Tap
+
+__all__ = ["Tile", "align", "pitches", "row_pitch", "weight_strides"]
+
+
+def align(value: int, to: int = 64) -> int:
+    """``value`` rounded up to a multiple of ``to``."""
+    return -(-value // to) * to
+
+
+def pitches(problem: ConvProblem, input_side: bool) -> tuple[int, int, int, int]:
+    """Byte pitches (image, channel, row, column) of x and its gradient, or of y and its gradient."""
+    channels, height, width = (problem.c, problem.h, problem.w) if input_side else (problem.k, problem.p, problem.q)
+    memory = DTYPES[problem.dtype]
+    if problem.format == "nchw":
+        return channels * height * width * memory, height * width * memory, width * memory, memory
+    return channels * height * width * memory, memory, width * channels * memory, channels * memory
+
+
+def weight_strides(problem: ConvProblem) -> tuple[int, int, int, int]:
+    """Byte strides of the weight's output channel, input channel, row and column."""
+    _, c, r, s = problem.weight_shape
+    memory = DTYPES[problem.dtype]
+    if problem.weight_format == "nchw":
+        return c * r * s * memory, r * s * memory, s * memory, memory
+    return r * s * c * memory, memory, s * c * memory, c * memory
+
+
+def row_pitch(columns: Axis) -> int:
+    """Columns of one row of the ``outer`` layout."""
+    return columns.tile + max((s.extent for s in columns.slabs), default=0)
+
+
+class Tile:
+    """The tile of ``channels`` channels for two axes; ``row column channel slab`` are its byte pitches, ``bytes`` its size.
+
+    ``source`` are the gathered operand's byte pitches (image, channel, row, column), ``size`` the bytes of the compute type.
+    """
+
+    def __init__(self, rows: Axis, columns: Axis, layout: str, channels: int, size: int, source: tuple[int, int, int, int]) -> None:
+        self._rows, self._columns, self._source = rows, columns, source
+        self.inner = layout == "inner"
+        self.pixels = row_pitch(columns)
+        scratch_rows = rows.scratch_starts[-1]
+        if self.inner:
+            self.channel, self.column, self.slab = size, channels * size, 0
+            self.row = columns.scratch_starts[-1] * self.column
+            self.bytes = scratch_rows * self.row
+        else:
+            self.column = size
+            self.row = self.pixels * size
+            self.slab = scratch_rows * self.row
+            self.channel = len(columns.slabs) * self.slab
+            self.bytes = channels * self.channel
+        self.row_table = np.where(rows.table >= 0, rows.table * source[2], -1)
+        starts = columns.scratch_starts
+        self.slab_table = np.array(
+            [
+                (columns.table_start(i), starts[i] if self.inner else i * self.slab, columns.tile + slab.extent, *columns.interior(i), slab.offset)
+                for i, slab in enumerate(columns.slabs)
+            ],
+            dtype=np.int64,
+        )
+        self.zeros = np.zeros(64, np.float64)
+        self.tables: list[npt.NDArray[np.generic]] = [self.row_table, rows.table_positions, columns.table, self.slab_table, self.zeros]
+
+    def offset(self, row: Tap, column: Tap) -> int:
+        """Byte offset of a tap's first read, channel 0."""
+        row_at = (self._rows.scratch_starts[row.slab] + row.shift) * self.row
+        if self.inner:
+            return row_at + (self._columns.scratch_starts[column.slab] + column.shift) * self.column
+        return row_at + column.slab * self.slab + column.shift * self.column
+
+    def arguments(self) -> dict[str, int]:
+        """Values for :data:`faltung.cpu.pack.TILE_ARGUMENTS`."""
+        rows, columns = self._rows, self._columns
+        return {
+            "source_channel": self._source[1], "source_column": self._source[3], "source_step": columns.step, "rows": rows.scratch_starts[-1],
+            "row_positions": rows.table_positions.ctypes.data, "row_table": self.row_table.ctypes.data, "slabs": len(columns.slabs),
+            "slab_table": self.slab_table.ctypes.data, "column_table": columns.table.ctypes.data, "tile_channel": self.channel,
+            "tile_row": self.row, "tile_column": self.column, "zeros": self.zeros.ctypes.data,
+        }  # fmt: skip

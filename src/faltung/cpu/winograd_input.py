@@ -1,0 +1,211 @@
+"""The input transform: V[point][tile][channel] = B^T d B for the n x n input pixels d of every tile, neighbouring tiles m pixels apart.
+
+Padding of every mode ends here: rows and columns are looked up in tables of source offsets, -1 for zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from ..codegen.emit import Function, Module, Value, vector_type
+from ..codegen.entry import ArgumentBlock
+from ..codegen.numeric import Numeric
+from .pack import Arguments, zero_run
+from .winograd_transform import Algorithm, emit_input_1d, transform_2d
+
+__all__ = ["INPUT_ARGUMENTS", "STRIP_TILES", "channel_start", "emit_input", "strip_bytes", "tile_rows"]
+
+INPUT_ARGUMENTS = (
+    "tiles_p", "tiles_q", "source_channels", "source_image", "source_channel", "source_row", "source_width", "column_before",
+    "row_table", "column_table", "zeros",
+)  # fmt: skip
+"""Tiles of one image; channels; byte pitches of the source's images, channels and rows; its columns; padded columns before it; tables of
+row byte offsets and of columns (byte offsets for nhwc, indices for nchw), -1 for zero; the address of zeros, one for each channel."""
+
+STRIP_TILES = 16  # neighbouring tiles of an image that nchw transposes at once
+
+
+def strip_bytes(algorithm: Algorithm, numeric: Numeric) -> int:
+    """Scratch of nchw's input transform: n rows of the columns of a strip, ``lanes`` channels, and a block of columns run over."""
+    return (algorithm.n * (algorithm.m * STRIP_TILES + 2) + numeric.lanes) * numeric.lanes * numeric.compute_bytes
+
+
+def tile_rows(f: Function, a: Arguments, first: Value, last: Value, body: Callable[[Value, Value, Value, Value, Value], None]) -> None:
+    """``body(image, tile_row, row_start, start, stop)`` for each row of tiles in ``first .. last - 1``: its first tile and those wanted of it."""
+    tiles_p, tiles_q = a["tiles_p"], a["tiles_q"]
+
+    def row(index: Value) -> None:
+        row_start = index * tiles_q
+        start, stop = f.maximum(first, row_start), f.minimum(last, row_start + tiles_q)
+        body(index // tiles_p, index % tiles_p, row_start, start, stop)
+
+    f.loop(first // tiles_q, (last + (tiles_q - 1)) // tiles_q, 1, row)
+
+
+def channel_start(f: Function, index: Value, channels: Value, lanes: int) -> Value:
+    """Start of a vector of channels: the last one begins early, so that none needs a mask."""
+    return f.minimum(index, channels - lanes)
+
+
+def emit_input(module: Module, arguments: ArgumentBlock, numeric: Numeric, algorithm: Algorithm, source_format: str) -> Function:
+    """``input(block, source, v, scratch, first, last, v_point, v_pitch)``: tiles ``first .. last - 1`` into V, tile ``first`` first."""
+    names = ("first", "last", "v_point", "v_pitch")
+    f = module.function("input", [("ptr", "block"), ("ptr", "source"), ("ptr", "v"), ("ptr", "scratch"), *(("i64", n) for n in names)])
+    a = Arguments(f, arguments, f["block"])
+    (_from_nhwc if source_format == "nhwc" else _from_nchw)(f, a, numeric, algorithm)
+    f.ret()
+    return f
+
+
+def _transform(f: Function, numeric: Numeric, algorithm: Algorithm, pixel: Callable[[int, int], Value], target: Value) -> None:
+    """One vector of channels of one tile; ``pixel(i, j)`` is the address of its pixel."""
+    n = algorithm.n
+    columns = [[f.load(pixel(i, j), numeric.vector) for i in range(n)] for j in range(n)]
+    for i, row in enumerate(transform_2d(f, emit_input_1d, algorithm, columns, numeric.target.fma)):
+        base = target + f["v_point"] * (i * n)
+        for j, value in enumerate(row):
+            f.store(value, base + f["v_point"] * j)
+
+
+def _from_nhwc(f: Function, a: Arguments, numeric: Numeric, algorithm: Algorithm) -> None:
+    """::
+
+        for row of tiles, tile:
+            addresses of its n x n pixels             (n vectors of n addresses; that of zeros outside the image)
+            for vector of channels: transform
+    """
+    n, m, lanes, size = algorithm.n, algorithm.m, numeric.lanes, numeric.compute_bytes
+    channels, row_table, column_table, zeros = a["source_channels"], a.table("row_table"), a.table("column_table"), a["zeros"]
+    source_image = a["source_image"]
+    wide = 8 if n > 4 else 4
+    addresses = f.stack(8 * wide * n)
+    vector = vector_type("i64", wide)
+
+    def row_of_tiles(image: Value, tile_row: Value, row_start: Value, start: Value, stop: Value) -> None:
+        base = f.cast("ptrtoint", f["source"] + image * source_image, "i64")
+        rows = [f.load_index(row_table, tile_row * m + i) for i in range(n)]
+        starts = [f.splat(base + row, wide) for row in rows]
+        inside = [f.splat(row, wide) for row in rows]
+        nowhere = f.splat(zeros, wide)
+        none = f.zero(vector)
+
+        def tile(index: Value) -> None:
+            columns = f.load(column_table + (index - row_start) * (8 * m), vector)
+            for i in range(n):
+                valid = f.compare("sge", f.integer("or", columns, inside[i]), none)
+                f.store(f.select(valid, f.integer("add", starts[i], columns), nowhere), addresses + i * (8 * wide))
+            target = f["v"] + (index - f["first"]) * f["v_pitch"]
+
+            def block(c: Value) -> None:
+                offset = channel_start(f, c, channels, lanes) * size
+
+                def pixel(i: int, j: int) -> Value:
+                    return f.load(addresses + (i * wide + j) * 8, "ptr") + offset
+
+                _transform(f, numeric, algorithm, pixel, target + offset)
+
+            f.loop(0, channels, lanes, block)
+
+        f.loop(start, stop, 1, tile)
+
+    tile_rows(f, a, f["first"], f["last"], row_of_tiles)
+
+
+def _from_nchw(f: Function, a: Arguments, numeric: Numeric, algorithm: Algorithm) -> None:
+    """::
+
+        for row of tiles, strip of STRIP_TILES of them, vector of channels:
+            transpose n rows of the strip's columns into scratch [row][column][lane]
+            for tile of the strip: transform
+    """
+    n, m, lanes, size = algorithm.n, algorithm.m, numeric.lanes, numeric.compute_bytes
+    channels, row_table = a["source_channels"], a.table("row_table")
+    source_image, source_channel = a["source_image"], a["source_channel"]
+    pixel_bytes = lanes * size
+    pitch = (m * STRIP_TILES + 2) * pixel_bytes
+    pack_row = _emit_pack_row(f.module, numeric)
+
+    def row_of_tiles(image: Value, tile_row: Value, row_start: Value, start: Value, stop: Value) -> None:
+        def strip(first: Value) -> None:
+            tiles = f.minimum(stop - first, STRIP_TILES)
+            x = (first - row_start) * m
+            count = tiles * m + 2
+            low = f.minimum(f.maximum(a["column_before"] - x, 0), count)
+            high = f.maximum(f.minimum(a["source_width"] + a["column_before"] - x, count), low)
+
+            def block(c: Value) -> None:
+                channel = channel_start(f, c, channels, lanes)
+                plane = f["source"] + image * source_image + channel * source_channel
+
+                def line(i: Value) -> None:
+                    offset = f.load_index(row_table, tile_row * m + i)
+                    target = f["scratch"] + i * pitch
+
+                    def copy() -> None:
+                        columns = a.table("column_table") + x * 8
+                        f.call(pack_row, [plane + offset, target, columns, x - a["column_before"], low, high, count, source_channel])
+
+                    f.branch(offset >= 0, copy, lambda: zero_run(f, numeric, target, count * lanes))
+
+                f.loop(0, n, 1, line)
+
+                def tile(index: Value) -> None:
+                    origin = f["scratch"] + (index - first) * (m * pixel_bytes)
+                    target = f["v"] + (index - f["first"]) * f["v_pitch"] + channel * size
+                    _transform(f, numeric, algorithm, lambda i, j: origin + (i * pitch + j * pixel_bytes), target)
+
+                f.loop(first, first + tiles, 1, tile)
+
+            f.loop(0, channels, lanes, block)
+
+        f.loop(start, stop, STRIP_TILES, strip)
+
+    tile_rows(f, a, f["first"], f["last"], row_of_tiles)
+
+
+def _emit_pack_row(module: Module, numeric: Numeric) -> Function:
+    """``pack_row(source, target, columns, x, low, high, count, channel)``: ``count`` columns of ``lanes`` channels, transposed.
+
+    Columns ``low .. high - 1`` lie inside the image, at ``x + column``; the others are looked up in ``columns``.
+    """
+    names = ("x", "low", "high", "count", "channel")
+    f = module.function("pack_row", [("ptr", "source"), ("ptr", "target"), ("ptr", "columns"), *(("i64", n) for n in names)])
+    lanes, size = numeric.lanes, numeric.compute_bytes
+    pixel = lanes * size
+    low, high = f["low"], f["high"]
+
+    def pointers(x: Value) -> list[Value]:
+        first = f["source"] + (f["x"] + x) * size
+        found = [first]
+        for _ in range(lanes - 1):
+            found.append(found[-1] + f["channel"])
+        return found
+
+    def place(vectors: Sequence[Value], x: Value) -> None:
+        for i, vector in enumerate(f.transpose(vectors)):
+            f.store(vector, f["target"] + (x + i) * pixel)
+
+    def block(x: Value) -> None:
+        place([f.load(p, numeric.vector) for p in pointers(x)], x)
+
+    def border(x: Value) -> None:
+        column = f.load_index(f["columns"], x)
+
+        def gather() -> None:
+            source = f["source"] + column * size
+            f.loop(0, lanes, 1, lambda i: f.store(f.load(source + i * f["channel"], numeric.compute), f["target"] + x * pixel + i * size))
+
+        f.branch(column >= 0, gather, lambda: f.store(f.zero(numeric.vector), f["target"] + x * pixel))
+
+    whole = low + f.integer("and", high - low, -lanes)
+    f.loop(low, whole, lanes, block)
+    if numeric.target.masks:
+        with f.when(whole < high):
+            mask = f.lane_mask(high - whole, lanes)
+            place([f.load_masked(p, mask, numeric.vector) for p in pointers(whole)], whole)
+        f.loop(high, f["count"], 1, border)
+    else:
+        f.loop(whole, f["count"], 1, border)
+    f.loop(0, low, 1, border)
+    f.ret()
+    return f

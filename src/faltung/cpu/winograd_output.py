@@ -1,0 +1,167 @@
+"""The output transform: y = A^T M A + bias for every tile, m x m pixels, cut at the image's edge."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ..codegen.emit import Function, Module, Value, vector_type
+from ..codegen.entry import ArgumentBlock
+from ..codegen.numeric import Numeric
+from .pack import Arguments
+from .winograd_input import STRIP_TILES, channel_start, tile_rows
+from .winograd_transform import Algorithm, emit_output_1d, transform_2d
+
+__all__ = ["OUTPUT_ARGUMENTS", "emit_output", "output_scratch_bytes"]
+
+OUTPUT_ARGUMENTS = ("out_height", "out_width", "out_image", "out_channel", "out_row", "out_column")
+"""Sizes of the output and its byte pitches."""
+
+
+def output_scratch_bytes(algorithm: Algorithm, numeric: Numeric, vectors: int, out_format: str) -> int:
+    """Scratch of the output transform: where pixels outside the image go (nhwc), or a strip of tiles (nchw)."""
+    pixel = numeric.lanes * numeric.compute_bytes
+    return vectors * pixel if out_format == "nhwc" else (algorithm.m * algorithm.m * STRIP_TILES + numeric.lanes) * pixel
+
+
+def emit_output(module: Module, arguments: ArgumentBlock, numeric: Numeric, algorithm: Algorithm, out_format: str) -> Function:
+    """``output(block, m, out, bias, scratch, first, last, valid, m_point, m_pitch)``: one panel of channels of tiles ``first .. last - 1``.
+
+    ``out`` and ``bias`` are those of the panel's first channel, ``valid`` its number of channels (at least one vector).
+    """
+    pointers = [("ptr", "block"), ("ptr", "m"), ("ptr", "out"), ("ptr", "bias"), ("ptr", "scratch")]
+    f = module.function("output", [*pointers, *(("i64", n) for n in ("first", "last", "valid", "m_point", "m_pitch"))])
+    a = Arguments(f, arguments, f["block"])
+    (_to_nhwc if out_format == "nhwc" else _to_nchw)(f, a, numeric, algorithm)
+    f.ret()
+    return f
+
+
+def _transform(f: Function, numeric: Numeric, algorithm: Algorithm, source: Value, bias: Value, pixel: Callable[[int, int], Value]) -> None:
+    """One vector of channels of one tile; ``pixel(i, j)`` is where its pixel goes."""
+    n = algorithm.n
+    products = []
+    for i in range(n):
+        base = source + f["m_point"] * (i * n)
+        products.append([f.load(base + f["m_point"] * j, numeric.vector) for j in range(n)])
+    columns = [[products[i][j] for i in range(n)] for j in range(n)]
+    for i, row in enumerate(transform_2d(f, emit_output_1d, algorithm, columns, numeric.target.fma)):
+        for j, value in enumerate(row):
+            f.store(f.fadd(value, bias), pixel(i, j))
+
+
+def _to_nhwc(f: Function, a: Arguments, numeric: Numeric, algorithm: Algorithm) -> None:
+    """::
+
+        for row of tiles, tile:
+            addresses of its m x m pixels             (that of scratch outside the image)
+            for vector of channels: transform
+    """
+    m, lanes, size = algorithm.m, numeric.lanes, numeric.compute_bytes
+    height, width, out_row, out_column, out_image = a["out_height"], a["out_width"], a["out_row"], a["out_column"], a["out_image"]
+    vector = vector_type("i64", m)
+    addresses = f.stack(8 * m * m)
+    numbers = Value(f, "<" + ", ".join(f"i64 {i}" for i in range(m)) + ">", vector)
+    pitches = f.integer("mul", f.splat(out_column, m), numbers)
+    nowhere = f.splat(f.cast("ptrtoint", f["scratch"], "i64"), m)
+
+    def row_of_tiles(image: Value, tile_row: Value, row_start: Value, start: Value, stop: Value) -> None:
+        base = f.cast("ptrtoint", f["out"] + image * out_image, "i64")
+        first_row = tile_row * m
+        rows = [base + (first_row + i) * out_row for i in range(m)]
+        limits = [f.select((first_row + i) < height, width, f.value(0)) for i in range(m)]
+
+        def tile(index: Value) -> None:
+            x = (index - row_start) * m
+            columns = f.integer("add", pitches, f.splat(x * out_column, m))
+            places = f.integer("add", f.splat(x, m), numbers)
+            for i in range(m):
+                valid = f.compare("slt", places, f.splat(limits[i], m))
+                f.store(f.select(valid, f.integer("add", columns, f.splat(rows[i], m)), nowhere), addresses + i * (8 * m))
+            source = f["m"] + (index - f["first"]) * f["m_pitch"]
+
+            def block(k: Value) -> None:
+                offset = channel_start(f, k, f["valid"], lanes) * size
+                bias = f.load(f["bias"] + offset, numeric.vector)
+                _transform(f, numeric, algorithm, source + offset, bias, lambda i, j: f.load(addresses + (i * m + j) * 8, "ptr") + offset)
+
+            f.loop(0, f["valid"], lanes, block)
+
+        f.loop(start, stop, 1, tile)
+
+    tile_rows(f, a, f["first"], f["last"], row_of_tiles)
+
+
+def _to_nchw(f: Function, a: Arguments, numeric: Numeric, algorithm: Algorithm) -> None:
+    """::
+
+        for row of tiles, strip of STRIP_TILES of them, vector of channels:
+            for tile of the strip: transform into scratch [row][column][lane]
+            transpose m rows of the strip's columns into the output
+    """
+    m, lanes, size = algorithm.m, numeric.lanes, numeric.compute_bytes
+    height, width, out_row, out_image, out_channel = a["out_height"], a["out_width"], a["out_row"], a["out_image"], a["out_channel"]
+    pixel_bytes = lanes * size
+    pitch = m * STRIP_TILES * pixel_bytes
+    unpack_row = _emit_unpack_row(f.module, numeric)
+
+    def row_of_tiles(image: Value, tile_row: Value, row_start: Value, start: Value, stop: Value) -> None:
+        first_row = tile_row * m
+
+        def strip(first: Value) -> None:
+            tiles = f.minimum(stop - first, STRIP_TILES)
+            x = (first - row_start) * m
+            count = f.minimum(tiles * m, width - x)
+
+            def block(k: Value) -> None:
+                channel = channel_start(f, k, f["valid"], lanes)
+                bias = f.load(f["bias"] + channel * size, numeric.vector)
+
+                def tile(index: Value) -> None:
+                    source = f["m"] + (index - f["first"]) * f["m_pitch"] + channel * size
+                    origin = f["scratch"] + (index - first) * (m * pixel_bytes)
+                    _transform(f, numeric, algorithm, source, bias, lambda i, j: origin + (i * pitch + j * pixel_bytes))
+
+                f.loop(first, first + tiles, 1, tile)
+                target = f["out"] + image * out_image + channel * out_channel + first_row * out_row + x * size
+
+                def line(i: Value) -> None:
+                    f.call(unpack_row, [f["scratch"] + i * pitch, target + i * out_row, count, out_channel])
+
+                f.loop(0, f.minimum(height - first_row, m), 1, line)
+
+            f.loop(0, f["valid"], lanes, block)
+
+        f.loop(start, stop, STRIP_TILES, strip)
+
+    tile_rows(f, a, f["first"], f["last"], row_of_tiles)
+
+
+def _emit_unpack_row(module: Module, numeric: Numeric) -> Function:
+    """``unpack_row(source, target, count, channel)``: ``count`` columns of ``lanes`` channels to rows of the output, transposed."""
+    f = module.function("unpack_row", [("ptr", "source"), ("ptr", "target"), ("i64", "count"), ("i64", "channel")])
+    lanes, size = numeric.lanes, numeric.compute_bytes
+
+    def rows(x: Value) -> list[tuple[Value, Value]]:
+        loaded = [f.load(f["source"] + (x + i) * (lanes * size), numeric.vector) for i in range(lanes)]
+        target, result = f["target"] + x * size, []
+        for vector in f.transpose(loaded):
+            result.append((vector, target))
+            target = target + f["channel"]
+        return result
+
+    whole = f.integer("and", f["count"], -lanes)
+    f.loop(0, whole, lanes, lambda x: [f.store(vector, place) for vector, place in rows(x)] and None)
+    if numeric.target.masks:
+        with f.when(whole < f["count"]):
+            mask = f.lane_mask(f["count"] - whole, lanes)
+            for vector, place in rows(whole):
+                f.store_masked(vector, place, mask)
+    else:
+
+        def column(x: Value) -> None:
+            source = f["source"] + x * (lanes * size)
+            f.loop(0, lanes, 1, lambda i: f.store(f.load(source + i * size, numeric.compute), f["target"] + x * size + i * f["channel"]))
+
+        f.loop(whole, f["count"], 1, column)
+    f.ret()
+    return f

@@ -1,0 +1,203 @@
+"""Winograd's minimal filtering F(m x m, 3 x 3): the transforms as exact matrices, their code, and the bound on their rounding error.
+
+The output of a 3-tap filter at ``m`` neighbours is ``A^T [(G g) * (B^T d)]`` with ``m + 2`` products, one for each interpolation point
+(Winograd, "Arithmetic Complexity of Computations", 1980; in two dimensions and over channels Lavin and Gray, "Fast Algorithms for
+Convolutional Neural Networks", 2015).  With finite points ``p_j`` and the point at infinity last:
+
+* row ``j`` of ``B^T``: coefficients of ``prod_{i != j} (x - p_i)``; the last row: of ``prod_i (x - p_i)``;
+* row ``j`` of ``G``: ``(1, p_j, p_j^2) / prod_{i != j} (p_j - p_i)``; the last row ``(0, 0, 1)``;
+* column ``j`` of ``A^T``: ``(1, p_j, ..., p_j^(m-1))``; the last column ``(0, ..., 0, 1)``.
+
+F(4x4) uses the points 0, +-3/4, +-3/2: half the error of the usual 0, +-1, +-2, since the largest entries of all three matrices are
+smaller, at the same number of operations; every coefficient of ``B^T`` and ``A^T`` is exact in float32.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cached_property, lru_cache
+
+from ..codegen.emit import Function, Value
+
+__all__ = ["ERROR_LIMIT", "F2", "F4", "Algorithm", "emit_filter_1d", "emit_input_1d", "emit_output_1d", "transform_2d"]
+
+Transform1d = Callable[[Function, "Algorithm", Sequence[Value], bool], list[Value]]
+Matrix = tuple[tuple[Fraction, ...], ...]
+ERROR_LIMIT = 1e-5
+"""The largest :meth:`Algorithm.error_bound` at which an algorithm is used."""
+_UNIT = 2.0**-24  # largest relative error of one rounding to float32
+_SAFETY = 3.0
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """F(m x m, 3 x 3) on the points 0, ``+-pairs`` and infinity."""
+
+    m: int
+    pairs: tuple[Fraction, ...]
+
+    @property
+    def name(self) -> str:
+        return f"F{self.m}"
+
+    @property
+    def n(self) -> int:
+        """Points of one dimension, and rows of an input tile."""
+        return self.m + 2
+
+    @property
+    def finite(self) -> tuple[Fraction, ...]:
+        """0, a, -a, b, -b, ..."""
+        return (Fraction(0), *(sign * p for p in self.pairs for sign in (1, -1)))
+
+    @cached_property
+    def input_matrix(self) -> Matrix:
+        """``B^T``, n x n."""
+        rows = [_product([q for q in self.finite if q != p]) for p in self.finite]
+        rows.append(_product(list(self.finite)))
+        return tuple(tuple(row + [Fraction(0)] * (self.n - len(row))) for row in rows)
+
+    @cached_property
+    def filter_matrix(self) -> Matrix:
+        """``G``, n x 3."""
+        rows = [tuple(self.weight(p) * p**i for i in range(3)) for p in self.finite]
+        return (*rows, (Fraction(0), Fraction(0), Fraction(1)))
+
+    @cached_property
+    def output_matrix(self) -> Matrix:
+        """``A^T``, m x n."""
+        return tuple((*(p**i for p in self.finite), Fraction(int(i == self.m - 1))) for i in range(self.m))
+
+    def weight(self, point: Fraction) -> Fraction:
+        """``1 / prod (point - others)``."""
+        value = Fraction(1)
+        for other in self.finite:
+            if other != point:
+                value /= point - other
+        return value
+
+    def error_bound(self, channels: int) -> float:
+        """Bound on the relative L2 error of an output for operands of independent entries, reduced over ``channels``.
+
+        Rounding errors are taken as independent, of variance ``u^2 / 3`` relative to what is rounded (Higham and Mary, 2019).  With unit-variance
+        operands the entry (i, j) of V has the variance ``b_i b_j`` (squared row norms of ``B^T``), that of U ``g_i g_j``.  The sum over the
+        channels errs by ``u^2/3 * sum_c c * b_i b_j g_i g_j`` (partial sums grow), each factor by ``t u^2/3`` for about ``t`` roundings of a
+        transform, weighed with the coefficients' magnitudes; ``A`` passes the errors on with its squared column norms.  The true output has
+        the variance ``9 channels``.  Three times the square root of the ratio is the bound; measured errors are below half of it.
+        """
+        absolute = [sum(abs(x) for x in row) for row in self.input_matrix]
+        squares = [float(sum(x * x for x in row)) for row in self.input_matrix]
+        spread = [float(a * a) / s for a, s in zip(absolute, squares)]
+        filters = [float(sum(x * x for x in row)) for row in self.filter_matrix]
+        columns = [float(sum(row[j] ** 2 for row in self.output_matrix)) / self.m for j in range(self.n)]
+        total = 0.0
+        for i in range(self.n):
+            for j in range(self.n):
+                signal = squares[i] * squares[j] * filters[i] * filters[j] * columns[i] * columns[j]
+                accumulate = channels * (channels + 1) / 2
+                transforms = channels * (4 + spread[i] + spread[j])
+                output = channels * 2 * math.log2(2 * self.n)
+                total += signal * (accumulate + transforms + output)
+        return _SAFETY * _UNIT / math.sqrt(3) * math.sqrt(total / (9 * channels))
+
+
+F4 = Algorithm(4, (Fraction(3, 4), Fraction(3, 2)))
+F2 = Algorithm(2, (Fraction(1),))
+
+
+def _product(roots: Sequence[Fraction]) -> list[Fraction]:
+    """Coefficients of ``prod (x - root)``, constant first."""
+    result = [Fraction(1)]
+    for root in roots:
+        shifted = [Fraction(0), *result]
+        result = [s - root * r for s, r in zip(shifted, [*result, Fraction(0)])]
+    return result
+
+
+@lru_cache(maxsize=64)
+def _even_product(pairs: tuple[Fraction, ...]) -> tuple[Fraction, ...]:
+    """Coefficients of ``prod (y - p^2)``, constant first: the polynomials are even apart from a factor."""
+    return tuple(_product([p * p for p in pairs]))
+
+
+def _horner(f: Function, terms: Sequence[tuple[Fraction, Value]], fused: bool) -> Value:
+    """``sum coefficient * value``; the last term has the coefficient 1."""
+    *rest, (one, result) = terms
+    assert one == 1
+    for coefficient, value in reversed(rest):
+        if coefficient == 1:
+            result = f.fadd(result, value)
+        elif coefficient == -1:
+            result = f.fsub(result, value)
+        else:
+            result = f.fma(f.constant(float(coefficient), value.type), value, result, fused)
+    return result
+
+
+def _scaled_pair(f: Function, even: Value, odd: Value, scale: Fraction, fused: bool) -> tuple[Value, Value]:
+    """``even + scale * odd`` and ``even - scale * odd``."""
+    if scale == 1:
+        return f.fadd(even, odd), f.fsub(even, odd)
+    plus, minus = f.constant(float(scale), odd.type), f.constant(-float(scale), odd.type)
+    return f.fma(plus, odd, even, fused), f.fma(minus, odd, even, fused)
+
+
+def emit_input_1d(f: Function, algorithm: Algorithm, d: Sequence[Value], fused: bool) -> list[Value]:
+    """``B^T d``: 12 operations for F4, 4 for F2, from the even and the odd half of each pair's polynomial."""
+    n = algorithm.n
+    full = _even_product(algorithm.pairs)
+    result = [_horner(f, [(c, d[2 * i]) for i, c in enumerate(full)], fused)]
+    for p in algorithm.pairs:
+        part = _even_product(tuple(q for q in algorithm.pairs if q != p))
+        even = _horner(f, [(c, d[2 * i + 2]) for i, c in enumerate(part)], fused)
+        odd = _horner(f, [(c, d[2 * i + 1]) for i, c in enumerate(part)], fused)
+        result += _scaled_pair(f, even, odd, p, fused)
+    result.append(_horner(f, [(c, d[2 * i + 1]) for i, c in enumerate(full)], fused))
+    assert len(result) == n
+    return result
+
+
+def emit_filter_1d(f: Function, algorithm: Algorithm, g: Sequence[Value], fused: bool) -> list[Value]:
+    """``G g``: 9 operations for F4."""
+    type_ = g[0].type
+
+    def scaled(value: Value, factor: Fraction) -> Value:
+        return value if factor == 1 else f.fmul(value, f.constant(float(factor), type_))
+
+    result = [scaled(g[0], algorithm.weight(Fraction(0)))]
+    for p in algorithm.pairs:
+        weight = algorithm.weight(p)
+        even = scaled(_horner(f, [(p * p, g[2]), (Fraction(1), g[0])], fused), weight)
+        result += _scaled_pair(f, even, g[1], weight * p, fused)
+    return [*result, g[2]]
+
+
+def emit_output_1d(f: Function, algorithm: Algorithm, m: Sequence[Value], fused: bool) -> list[Value]:
+    """``A^T m``: sums and differences of each pair, then powers of its point; 12 operations for F4, 4 for F2."""
+    sums, differences = [], []
+    for i in range(len(algorithm.pairs)):
+        sums.append(f.fadd(m[2 * i + 1], m[2 * i + 2]))
+        differences.append(f.fsub(m[2 * i + 1], m[2 * i + 2]))
+    result = []
+    for i in range(algorithm.m):
+        value = m[0] if i == 0 else m[-1] if i == algorithm.m - 1 else None
+        for p, part in zip(algorithm.pairs, differences if i % 2 else sums):
+            factor = p**i
+            if value is None:
+                value = part if factor == 1 else f.fmul(part, f.constant(float(factor), part.type))
+            elif factor == 1:
+                value = f.fadd(value, part)
+            else:
+                value = f.fma(f.constant(float(factor), part.type), part, value, fused)
+        assert value is not None
+        result.append(value)
+    return result
+
+
+def transform_2d(f: Function, emit_1d: Transform1d, algorithm: Algorithm, columns: Sequence[Sequence[Value]], fused: bool) -> list[list[Value]]:
+    """``T d T^T`` where ``columns[j][i]`` is ``d[i][j]``; the result is ``[row][column]``."""
+    first = [emit_1d(f, algorithm, column, fused) for column in columns]
+    return [emit_1d(f, algorithm, [column[i] for column in first], fused) for i in range(len(first[0]))]
