@@ -86,7 +86,7 @@ def _counts(axis: Axis) -> tuple[int, ...]:
 
 
 def choose_config(problem: ConvProblem, target: Target, threads: int, orientation: str | None = None) -> DirectConfig:
-    """The configuration predicted to be fastest.  No choice changes the order of any sum, so none changes the bits."""
+    """The configuration predicted to be fastest.  No choice but that of the pieces' length, which is the same for all, changes the bits."""
     found = [_choose_tile(problem, target, threads, o) for o in ((orientation,) if orientation else ("channels", "pixels"))]
     return min(found, key=lambda config: config.cycles)
 
@@ -129,7 +129,7 @@ def _fits(problem: ConvProblem, tile: tuple[int, int], channels: int, size: int,
 def _configure(problem: ConvProblem, target: Target, threads: int, orientation: str, layout: str, tile: tuple[int, int]) -> DirectConfig:
     """The best block for a tile, and the cost of the whole problem with it."""
     roles, numeric = Roles(problem), Numeric(problem.dtype, target)
-    rows, columns = axes(problem, tile)
+    rows, columns = axes(problem, tile, dense=layout == "inner")
     lanes, size = numeric.lanes, numeric.compute_bytes
     tiles = -(-rows.count // tile[0]) * -(-columns.count // tile[1])
     reduction = sum(len(r.taps) * len(c.taps) for r in rows.phases for c in columns.phases) * roles.source_channels
@@ -148,10 +148,13 @@ def _configure(problem: ConvProblem, target: Target, threads: int, orientation: 
         per_step = block.cycles
         store = tile[0] * tile[1] * phases * roles.out_channels / lanes * (1.0 if problem.format == "nchw" else 3.0) + roles.out_channels * tile[0] * 8
         panels = -(-roles.out_channels // block.rows)
-    chunk = _chunk(orientation, block, lanes * size)
+    chunk = _chunk(-(-roles.out_channels // lanes), lanes * size)
     scratch = rows.scratch_starts[-1] * columns.scratch_starts[-1] * roles.source_channels
     natural = (problem.format == "nchw") == (layout == "outer")
-    pack = scratch / lanes * (2.0 if natural else 6.0) + rows.scratch_starts[-1] * len(columns.slabs) * (roles.source_channels if problem.format == "nchw" else 1) * 20.0
+    pack = (
+        scratch / lanes * (2.0 if natural else 6.0)
+        + rows.scratch_starts[-1] * len(columns.slabs) * (roles.source_channels if problem.format == "nchw" else 1) * 20.0
+    )
     each = per_step * mean * phases + store
     tasks = problem.n * problem.g * tiles
     k_blocks = min(panels, -(-2 * threads // tasks)) if tasks < 2 * threads else 1
@@ -163,9 +166,10 @@ def _configure(problem: ConvProblem, target: Target, threads: int, orientation: 
     return DirectConfig(orientation, layout, tile, block, chunk, k_blocks, cycles)
 
 
-def _chunk(orientation: str, block: Block, vector_bytes: int) -> int:
-    chunk = _CHUNK_BYTES // (block.vectors * vector_bytes)
-    return max(32, min(384, chunk // 16 * 16))
+def _chunk(out_vectors: int, vector_bytes: int) -> int:
+    """Length of the pieces of the reduction.  Each piece is summed by itself, so it must depend on nothing but the channels and the target: it
+    decides the bits.  One long sum would have up to four times the error of PyTorch's."""
+    return max(32, min(192, _CHUNK_BYTES // (min(4, out_vectors) * vector_bytes) // 16 * 16))
 
 
 class Direct:
@@ -189,7 +193,7 @@ DIRECT = Direct()
 def build_plan(problem: ConvProblem, target: Target, threads: int, config: DirectConfig, name: str) -> CpuPlan:
     """Tables, kernel and argument block for a configuration."""
     roles, numeric = Roles(problem), Numeric(problem.dtype, target)
-    rows, columns = axes(problem, config.tile)
+    rows, columns = axes(problem, config.tile, dense=config.layout == "inner")
     kernel = _kernel(problem, roles, numeric, config, rows, columns)
     size = numeric.compute_bytes
     # Where the source is read in place, the tile's pixels are as far apart as its channels are many, those of other groups included.
@@ -301,5 +305,5 @@ def _values(
         "weight_contiguous": int(phases.contiguous), "bias_at": phases.packed_bytes, "bias_group": bias_group,
         "has_bias": int(problem.epilogue.bias and roles.forward),
         "scratch_at": align(phases.packed_bytes + problem.g * bias_group + 64, 4096), "scratch_size": layout.scratch_size,
-        "start_at": layout.start_at, "c_at": layout.c_at, "c_channel": layout.c_channel,
+        "start_at": layout.start_at, "c_at": layout.c_at, "c_channel": layout.c_channel, "column_advance": columns.advance,
     }  # fmt: skip

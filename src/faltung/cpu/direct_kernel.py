@@ -37,7 +37,7 @@ ARGUMENTS = ArgumentBlock(
         "pack_tasks", "tasks", "phases", "row_phases", "column_phases", "p_tiles", "q_tiles", "tile_p", "tile_q", "k_blocks", "block_panels",
         "wide_panels", "panels", "groups", "source_channels", "out_channels", "source_image", "source_group", "out_image", "out_group", "out_row", "out_column",
         "out_channel", "chunk", "weight_group", "weight_pitch", "weight_contiguous", "bias_at", "bias_group", "has_bias",
-        "scratch_at", "scratch_size", "start_at", "c_at", "c_channel",
+        "scratch_at", "scratch_size", "start_at", "c_at", "c_channel", "column_advance",
     )
 )  # fmt: skip
 """Pitches are bytes.  ``wide_panels`` come first, the others are one vector (``channels``) or one
@@ -48,7 +48,7 @@ row (``pixels``) narrower; ``start_at`` is where a thread's scratch has room for
 class DirectKernel:
     """What a direct kernel is made for; everything else is an argument.
 
-    ``step``: distance of neighbouring outputs' source columns (1, 2, or 3 for any).  ``narrow_rows``, ``narrow_vectors``: pieces one smaller are
+    ``step``: distance of neighbouring entries' source columns (1, 2, or 3 for any).  ``narrow_rows``, ``narrow_vectors``: pieces one smaller are
     needed too.  ``masked``: the last vector of channels is partial.  ``in_place``: accumulate in the output itself.
     ``phases``: column phases that the store interleaves (1, 2, or more).  ``packed``: the tile is copied to scratch; where it is not, the
     micro-kernels read the source itself (1x1 kernels over pixels in a row, whose channels are neighbours in memory).
@@ -71,15 +71,9 @@ class DirectKernel:
 
     @property
     def name(self) -> str:
-        flags = "".join(
-            letter
-            for letter, set_ in zip("rvmiu", (self.narrow_rows, self.narrow_vectors, self.masked, self.in_place, not self.packed))
-            if set_
-        )
+        flags = "".join(letter for letter, set_ in zip("rvmiu", (self.narrow_rows, self.narrow_vectors, self.masked, self.in_place, not self.packed)) if set_)
         tail = f"_{flags}" if flags else ""
-        return (
-            f"direct_{self.dtype}_{self.format}_{self.orientation}_{self.layout}_{self.rows}x{self.vectors}_st{self.step}_ph{self.phases}{tail}_{self.target.isa}"
-        )
+        return f"direct_{self.dtype}_{self.format}_{self.orientation}_{self.layout}_{self.rows}x{self.vectors}_st{self.step}_ph{self.phases}{tail}_{self.target.isa}"
 
     def emit(self) -> str:
         """The module's IR text; its entry point is ``entry``."""
@@ -160,7 +154,8 @@ class _Builder:
                 t["tile"] = source + t["q0"] * task["tile_column"]
             else:
                 t["tile"] = scratch
-                f.call(self.pack_tile, [f.to_pointer(f.load(f["context"])), source, scratch, t["p0"], t["q0"], task["source_channels"]])
+                first_column = t["q0"] * task["column_advance"]
+                f.call(self.pack_tile, [f.to_pointer(f.load(f["context"])), source, scratch, t["p0"], first_column, task["source_channels"]])
             t["first_panel"] = t["k_block"] * task["block_panels"]
             t["last_panel"] = f.minimum(t["first_panel"] + task["block_panels"], task["panels"])
             t["bias"] = task.workspace + task["bias_at"] + t["group"] * task["bias_group"]
@@ -246,7 +241,7 @@ class _Channels(_Builder):
         else:
             c, c_row, c_column = t["c"], task["tile_q"] * (width * size), f.value(width * size)
         tile_row = task["tile_row"]
-        pitch = f.value(size) if kernel.layout == "outer" else task["tile_column"]
+        pitch = f.value(size) if kernel.layout == "outer" else task["tile_column"] * task["column_advance"]
         lanes_last = valid - (vectors - 1) * numeric.lanes
 
         def chunk(t0: Value, length: Value, table: Value, first: Value) -> None:

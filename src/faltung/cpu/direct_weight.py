@@ -75,8 +75,8 @@ def _choose_tile(problem: ConvProblem, target: Target, channels: int, width: int
         return rows.scratch_starts[-1] * columns.scratch_starts[-1] * channels * size <= budget
 
     columns = next((q for q in tile_candidates(problem.q) if q <= max(pixels, 1) and fits(1, q)), 1)
-    # Some tiles are wanted even from one image, so that there are parts to share out.
-    fewest = max(1, min(problem.p, -(-8 // max(1, problem.n))))
+    # Some tiles are wanted even from one image, so that there are parts to share out, but none of less than a chunk.
+    fewest = max(1, min(problem.p, -(-8 // max(1, problem.n)), problem.p * problem.q // _CHUNK_PIXELS))
     rows = next((p for p in tile_candidates(problem.p) if p * columns <= pixels and fits(p, columns) and -(-problem.p // p) >= fewest), 1)
     images = 1
     if rows == problem.p and columns == problem.q:
@@ -108,16 +108,16 @@ def _pixel_offsets(tile: Tile, config: WeightConfig, image_bytes: int, columns: 
     grid = (
         np.arange(images, dtype=np.int64)[:, None, None] * image_bytes
         + np.arange(rows, dtype=np.int64)[None, :, None] * tile.row
-        + np.arange(columns, dtype=np.int64)[None, None, :] * tile.column
+        + np.arange(columns, dtype=np.int64)[None, None, :] * tile.pixel
     )
     return np.ascontiguousarray(grid.reshape(-1))
 
 
-def _weight_rows(problem: ConvProblem, tap_pitch: int, row_pitch: int) -> np.ndarray:
-    """For each weight of one output channel, in memory order: its byte offset among the partial sums ``[tap][c][k]``."""
+def _weight_rows(problem: ConvProblem, channels: int, tap_pitch: int, row_pitch: int) -> np.ndarray:
+    """For each weight of one output channel and a block of input channels, in memory order: its byte offset in ``[tap][c][k]``."""
     taps = np.arange(problem.r * problem.s, dtype=np.int64) * tap_pitch
-    channels = np.arange(problem.cg, dtype=np.int64) * row_pitch
-    grid = channels[:, None] + taps[None, :] if problem.weight_format == "nchw" else taps[:, None] + channels[None, :]
+    rows = np.arange(channels, dtype=np.int64) * row_pitch
+    grid = rows[:, None] + taps[None, :] if problem.weight_format == "nchw" else taps[:, None] + rows[None, :]
     return np.ascontiguousarray(grid.reshape(-1))
 
 
@@ -125,20 +125,23 @@ def build_plan(problem: ConvProblem, target: Target, threads: int, config: Weigh
     """Tables, kernel and argument block for a configuration."""
     numeric = Numeric(problem.dtype, target)
     lanes, size = numeric.lanes, numeric.compute_bytes
-    rows, columns = axes(problem, config.tile[1:])
+    rows, columns = axes(problem, config.tile[1:], dense=problem.format == "nhwc")
     c_blocks = -(-problem.cg // config.block_channels)
     last = problem.cg - (c_blocks - 1) * config.block_channels
     vectors = -(-problem.kg // lanes)
     kernel = DirectWeightKernel(
         target, problem.dtype, problem.format, min(columns.step, 3), config.block.rows, config.block.vectors,
         any(split_count(c, config.block.rows)[1] for c in (config.block_channels, last)), bool(split_count(vectors, config.block.vectors)[1]),
+        config.parts == 1,
     )  # fmt: skip
     tile = Tile(rows, columns, kernel.layout, config.block_channels, size, pitches(problem, True))
     image_bytes = align(tile.bytes + 64)
     values, tables = _values(problem, config, numeric, kernel, tile, rows, columns, image_bytes)
     panels_at = align(config.tile[0] * image_bytes + _SLACK)
     panel_bytes = values["panel_pixels"] * config.block_panels * config.block.vectors * lanes * size
-    values |= {"panels_at": panels_at, "scratch_size": align(panels_at + panel_bytes + _SLACK) + 64 * 9}
+    sums_at = align(panels_at + panel_bytes + _SLACK)
+    sums = values["partial_block"] if kernel.single else 0
+    values |= {"panels_at": panels_at, "sums_at": sums_at, "scratch_size": align(sums_at + sums + _SLACK) + 64 * 9}
     facts = {
         "block": f"{config.block.rows}x{config.block.vectors}", "tile": "x".join(map(str, config.tile)), "parts": config.parts,
         "tasks": values["tasks"], "predicted_cycles": config.block.cycles * problem.r * problem.s * problem.g * problem.n * problem.p * problem.q / threads,
@@ -160,20 +163,27 @@ def _values(
     p_tiles, q_tiles = -(-problem.p // tile_p), -(-problem.q // tile_q)
     tiles = -(-problem.n // images) * p_tiles * q_tiles
     k_blocks, c_blocks = -(-panels // config.block_panels), -(-problem.cg // config.block_channels)
-    row = vectors * lanes * size
-    tap = problem.cg * row
-    group = problem.r * problem.s * tap
+    taps_count, blocks = problem.r * problem.s, problem.g * k_blocks * c_blocks
+    row = config.block_panels * config.block.vectors * lanes * size
+    tap = config.block_channels * row
+    block_bytes = taps_count * tap
+    bias_group = vectors * lanes * size
     whole_rows = tile_q == problem.q
     pixel_offsets = _pixel_offsets(tile, config, image_bytes, tile_q)
     last_offsets = _pixel_offsets(tile, config, image_bytes, problem.q - (q_tiles - 1) * tile_q)
     taps = np.array([tile.offset(a, b) for a in rows.phases[0].taps for b in columns.phases[0].taps], dtype=np.int64)
     gy_offsets = np.arange(tile_p * tile_q if whole_rows else tile_q, dtype=np.int64) * gy[3]
-    weight_rows = _weight_rows(problem, tap, row)
-    weight_count = problem.cg * problem.r * problem.s
-    bias_at = align(config.parts * problem.g * group)
+    weight_rows = _weight_rows(problem, config.block_channels, tap, row)
+    channel_weights = problem.cg * taps_count
+    # OIHW: the block's weights are one run; channels_last: one run of channels for each tap.
+    planar = problem.weight_format == "nchw"
+    run_weights = taps_count if planar else 1
+    run_blocks = -(-config.block_channels * run_weights // lanes)
+    runs = 1 if planar else taps_count
+    bias_at = 0 if config.parts == 1 else align(config.parts * blocks * block_bytes)
     values = {
         **tile.arguments(),
-        "tasks": problem.g * k_blocks * c_blocks * config.parts, "finish_tasks": problem.g * -(-weight_count // lanes), "parts": config.parts,
+        "tasks": blocks * config.parts, "finish_tasks": blocks * runs * run_blocks, "parts": config.parts,
         "part_tiles": config.part_tiles, "tiles": tiles, "k_blocks": k_blocks, "c_blocks": c_blocks, "block_panels": config.block_panels,
         "block_channels": config.block_channels, "groups": problem.g, "p_tiles": p_tiles, "q_tiles": q_tiles, "tile_p": tile_p, "tile_q": tile_q,
         "tile_images": images, "images": problem.n, "p": problem.p, "q": problem.q, "in_channels": problem.cg, "out_channels": problem.kg,
@@ -181,9 +191,11 @@ def _values(
         "gy_image": gy[0], "gy_row": gy[2], "gy_column": gy[3], "gy_channel": gy[1], "gy_offsets": gy_offsets.ctypes.data,
         "gy_contiguous": int(problem.format == "nchw"), "whole_rows": int(whole_rows), "image_bytes": image_bytes,
         "pixel_offsets": pixel_offsets.ctypes.data, "last_pixel_offsets": last_offsets.ctypes.data, "taps": len(taps), "tap_offsets": taps.ctypes.data,
-        "chunk": _CHUNK_PIXELS, "partial_at": 0, "partial_part": problem.g * group, "partial_group": group, "partial_tap": tap, "partial_row": row,
-        "bias_part_at": bias_at, "bias_part": problem.g * row, "has_bias": int(problem.epilogue.bias),
-        "scratch_at": align(bias_at + config.parts * problem.g * row + 64, 4096), "panel_pixels": images * tile_p * tile_q,
-        "weight_count": weight_count, "weight_rows": weight_rows.ctypes.data, "weight_pitch": weight_count * memory,
+        "chunk": _CHUNK_PIXELS, "partial_at": 0, "partial_part": blocks * block_bytes, "partial_block": block_bytes, "partial_tap": tap, "partial_row": row,
+        "bias_part_at": bias_at, "bias_part": problem.g * bias_group, "bias_group": bias_group, "has_bias": int(problem.epilogue.bias),
+        "scratch_at": align(bias_at + config.parts * problem.g * bias_group + 64, 4096), "panel_pixels": images * tile_p * tile_q,
+        "weight_rows": weight_rows.ctypes.data, "weight_pitch": channel_weights * memory, "runs": runs, "run_weights": run_weights,
+        "run_start": run_weights * memory, "run_pitch": problem.cg * memory, "run_rows": config.block_channels, "run_blocks": run_blocks,
+        "column_advance": columns.advance,
     }  # fmt: skip
     return values, [*tile.tables, pixel_offsets, last_offsets, taps, gy_offsets, weight_rows]

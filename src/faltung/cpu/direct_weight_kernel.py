@@ -9,9 +9,10 @@ Loop nest::
             for each panel, piece of the pixels, tap, rows of input channels:
                 partial[tap][c][k] += x[pixel + tap][c] * gy[pixel][k]          micro-kernels, the pixels' offsets in a table
             partial bias[k] += gy[pixel][k]
-    stage 2, for each group and block of weights:  add the parts in order, transpose into the weight's memory format
+    stage 2, for each block and vector of its weights:  add the parts in order, transpose into the weight's memory format
 
-The parts depend on the problem alone, so the bits do not depend on the number of threads.
+With a single part the sums stay in the thread's own cache and stage 2 follows at once, in stage 1.  The parts depend on the problem alone,
+so the bits do not depend on the number of threads.
 """
 
 from __future__ import annotations
@@ -34,19 +35,22 @@ ARGUMENTS = ArgumentBlock(
         "tasks", "finish_tasks", "parts", "part_tiles", "tiles", "k_blocks", "c_blocks", "block_panels", "block_channels", "groups",
         "p_tiles", "q_tiles", "tile_p", "tile_q", "tile_images", "images", "p", "q", "in_channels", "out_channels", "wide_panels", "panels",
         "x_image", "x_group", "gy_image", "gy_row", "gy_column", "gy_channel", "gy_offsets", "gy_contiguous", "whole_rows",
-        "image_bytes", "pixel_offsets", "last_pixel_offsets", "taps", "tap_offsets", "chunk", "partial_at", "partial_part", "partial_group",
-        "partial_tap", "partial_row", "bias_part_at", "bias_part", "has_bias", "scratch_at", "scratch_size", "panels_at", "panel_pixels",
-        "weight_count", "weight_rows", "weight_pitch",
+        "image_bytes", "pixel_offsets", "last_pixel_offsets", "taps", "tap_offsets", "chunk", "partial_at", "partial_part", "partial_block",
+        "partial_tap", "partial_row", "bias_part_at", "bias_part", "bias_group", "has_bias", "scratch_at", "scratch_size", "panels_at", "sums_at", "panel_pixels",
+        "weight_rows", "weight_pitch", "runs", "run_weights", "run_start", "run_pitch", "run_rows", "run_blocks", "column_advance",
     )
 )  # fmt: skip
 """Pitches are bytes.  ``parts`` of ``part_tiles`` tiles each; a tile is ``tile_images`` images by ``tile_p`` rows by ``tile_q`` columns.
 ``pixel_offsets``: where the tile holds each pixel (``last_pixel_offsets``: in the last, narrower tile of columns).  ``partial_*``: the partial
-sums' place and pitches.  ``weight_rows``: for each weight of an output channel, in memory order, its row in a part."""
+sums' place and pitches, a block being ``[tap][c][k]``.  A block's weights of one output channel are ``runs`` runs of ``run_weights`` neighbours for
+each of its channels; a run starts ``run_start`` bytes a channel and ``run_pitch`` bytes a run into the output channel's weights, and its rows
+among the partial sums start at entry ``run_rows`` of ``weight_rows`` a run; ``run_blocks`` vectors hold a run."""
 
 
 @dataclass(frozen=True)
 class DirectWeightKernel:
-    """What a grad_weight kernel is made for: ``rows`` x ``vectors`` accumulators, with pieces one smaller where ``narrow_*`` say so."""
+    """What a grad_weight kernel is made for: ``rows`` x ``vectors`` accumulators, with pieces one smaller where ``narrow_*`` say so;
+    ``single``: the pixels are one part."""
 
     target: Target
     dtype: str
@@ -56,10 +60,11 @@ class DirectWeightKernel:
     vectors: int
     narrow_rows: bool
     narrow_vectors: bool
+    single: bool
 
     @property
     def name(self) -> str:
-        flags = f"{'r' if self.narrow_rows else ''}{'v' if self.narrow_vectors else ''}"
+        flags = "".join(letter for letter, set_ in zip("rv1", (self.narrow_rows, self.narrow_vectors, self.single)) if set_)
         return f"direct_weight_{self.dtype}_{self.format}_{self.rows}x{self.vectors}_st{self.step}{'_' + flags if flags else ''}_{self.target.isa}"
 
     @property
@@ -70,7 +75,10 @@ class DirectWeightKernel:
         """The module's IR text; its entry point is ``entry``."""
         module = Module()
         builder = _Builder(self, module, Numeric(self.dtype, self.target))
-        emit_entry(module, ARGUMENTS, [("tasks", builder.main_stage), ("finish_tasks", builder.finish_stage)])
+        stages = [("tasks", builder.main_stage)]
+        if not self.single:
+            stages.append(("finish_tasks", builder.finish_stage))
+        emit_entry(module, ARGUMENTS, stages)
         return str(module)
 
 
@@ -90,28 +98,42 @@ class _Builder:
         wide, narrow = self.kernel.vectors * lanes, max(1, self.kernel.vectors - 1) * lanes
         return index * narrow + f.minimum(index, wide_panels) * (wide - narrow)
 
+    def decode(self, f: Function, task: Task, index: Value) -> dict[str, Value]:
+        """Group and block of channels of block ``index``, with the block's place among the partial sums of part 0."""
+        size = self.numeric.compute_bytes
+        t = {"block": index}
+        t["c_block"], index = index % task["c_blocks"], index // task["c_blocks"]
+        t["k_block"], t["group"] = index % task["k_blocks"], index // task["k_blocks"]
+        t["c0"] = t["c_block"] * task["block_channels"]
+        t["channels"] = f.minimum(task["in_channels"] - t["c0"], task["block_channels"])
+        t["first_panel"] = t["k_block"] * task["block_panels"]
+        t["last_panel"] = f.minimum(t["first_panel"] + task["block_panels"], task["panels"])
+        t["k0"] = self.panel_start(f, task["wide_panels"], t["first_panel"])
+        k_end = f.minimum(self.panel_start(f, task["wide_panels"], t["last_panel"]), task["out_channels"])
+        t["out_channels"] = k_end - t["k0"]
+        t["partial"] = task.workspace + task["partial_at"] + t["block"] * task["partial_block"]
+        t["bias"] = task.workspace + task["bias_part_at"] + t["group"] * task["bias_group"] + t["k0"] * size
+        t["wants_bias"] = f.define("i1", f"and i1 {(task['has_bias'] > 0).text}, {t['c_block'].equals(0).text}")
+        return t
+
     def main_stage(self, f: Function, task: Task) -> Callable[[Value], None]:
         scratch = task.workspace + task["scratch_at"] + task.thread * task["scratch_size"]
 
         def body(index: Value) -> None:
-            t: dict[str, Value] = {"tile": scratch, "panels": scratch + task["panels_at"]}
-            t["part"], index = index % task["parts"], index // task["parts"]
-            c_block, index = index % task["c_blocks"], index // task["c_blocks"]
-            k_block, t["group"] = index % task["k_blocks"], index // task["k_blocks"]
-            t["c0"] = c_block * task["block_channels"]
-            t["channels"] = f.minimum(task["in_channels"] - t["c0"], task["block_channels"])
-            t["first_panel"] = k_block * task["block_panels"]
-            t["last_panel"] = f.minimum(t["first_panel"] + task["block_panels"], task["panels"])
-            t["k0"] = self.panel_start(f, task["wide_panels"], t["first_panel"])
-            part_at = task.workspace + task["partial_at"] + t["part"] * task["partial_part"] + t["group"] * task["partial_group"]
-            t["partial"] = part_at + t["c0"] * task["partial_row"] + t["k0"] * self.numeric.compute_bytes
-            t["bias"] = (
-                task.workspace + task["bias_part_at"] + t["part"] * task["bias_part"] + t["group"] * task["partial_row"] + t["k0"] * self.numeric.compute_bytes
-            )
-            t["wants_bias"] = f.define("i1", f"and i1 {(task['has_bias'] > 0).text}, {c_block.equals(0).text}")
-            first = t["part"] * task["part_tiles"]
+            part = index % task["parts"]
+            t = self.decode(f, task, index // task["parts"])
+            t |= {"tile": scratch, "panels": scratch + task["panels_at"]}
+            t["partial"] = scratch + task["sums_at"] if self.kernel.single else t["partial"] + part * task["partial_part"]
+            t["bias"] = t["bias"] + part * task["bias_part"]
+            first = part * task["part_tiles"]
             last = f.minimum(first + task["part_tiles"], task["tiles"])
             f.loop(first, last, 1, lambda tile: self.tile(f, task, t, tile, tile.equals(first)))
+            if self.kernel.single:
+                pieces = task["runs"] * task["run_blocks"]
+                # Output channels outside: each of them is then written from front to back.
+                f.loop(0, t["out_channels"], self.numeric.lanes, lambda k: f.loop(0, pieces, 1, lambda i: self.finish_block(f, task, t, i, k)) and None)
+                with f.when(t["wants_bias"]):
+                    self.finish_bias(f, task, t)
 
         return body
 
@@ -127,7 +149,7 @@ class _Builder:
         block = f.to_pointer(f.load(f["context"]))
 
         def pack_image(i: Value) -> None:
-            f.call(self.pack_tile, [block, x + i * task["x_image"], t["tile"] + i * task["image_bytes"], p0, q0, t["channels"]])
+            f.call(self.pack_tile, [block, x + i * task["x_image"], t["tile"] + i * task["image_bytes"], p0, q0 * task["column_advance"], t["channels"]])
 
         f.loop(0, images, 1, pack_image)
         offset = p0 * task["gy_row"] + q0 * task["gy_column"] + t["group"] * task["out_channels"] * task["gy_channel"]
@@ -231,49 +253,53 @@ class _Builder:
             f.store(f.fadd(before, total), place)
 
     def finish_stage(self, f: Function, task: Task) -> Callable[[Value], None]:
-        """``lanes`` weights (neighbours in memory) of every output channel of a group; the first task of a group also finishes the bias."""
-        numeric = self.numeric
-        size, memory, lanes = numeric.compute_bytes, numeric.memory_bytes, numeric.lanes
-
         def body(index: Value) -> None:
-            group, block = index % task["groups"], index // task["groups"]
-            j0, count = block * lanes, task["weight_count"]
-            out_channels, pitch = task["out_channels"], task["weight_pitch"]
-            rows = task.table("weight_rows")
-            parts = task.workspace + task["partial_at"] + group * task["partial_group"]
-            places = [parts + f.load_index(rows, f.minimum(j0 + i, count - 1)) for i in range(lanes)]
-            out = task.operand("out") + group * out_channels * pitch + j0 * memory
-            mask = f.lane_mask(count - j0, lanes)
-
-            def channel_block(k: Value) -> None:
-                summed = [self.sum_parts(f, task, place + k * size, task["partial_part"]) for place in places]
-                for i, vector in enumerate(f.transpose(summed)):
-                    with f.when(k + i < out_channels):
-                        numeric.store(f, vector, out + (k + i) * pitch, lanes, mask)
-
-            f.loop(0, out_channels, lanes, channel_block)
-            wanted = f.define("i1", f"and i1 {block.equals(0).text}, {(task['has_bias'] > 0).text}")
+            blocks = task["runs"] * task["run_blocks"]
+            piece = index % blocks
+            t = self.decode(f, task, index // blocks)
+            f.loop(0, t["out_channels"], self.numeric.lanes, lambda k: self.finish_block(f, task, t, piece, k))
+            wanted = f.define("i1", f"and i1 {piece.equals(0).text}, {t['wants_bias'].text}")
             with f.when(wanted):
-                self.finish_bias(f, task, group)
+                self.finish_bias(f, task, t)
 
         return body
+
+    def finish_block(self, f: Function, task: Task, t: dict[str, Value], piece: Value, k: Value) -> None:
+        """``lanes`` weights, neighbours in memory, of ``lanes`` output channels of the block, the first one ``k``."""
+        numeric = self.numeric
+        size, memory, lanes = numeric.compute_bytes, numeric.memory_bytes, numeric.lanes
+        run, j0 = piece // task["run_blocks"], (piece % task["run_blocks"]) * lanes
+        count = t["channels"] * task["run_weights"]
+        rows = task.table("weight_rows") + run * task["run_rows"] * 8
+        partial = t["partial"] + k * size
+        pitch = task["weight_pitch"]
+        at = t["c0"] * task["run_start"] + run * task["run_pitch"] + j0 * memory
+        out = task.operand("out") + (t["group"] * task["out_channels"] + t["k0"]) * pitch + at
+        mask = f.lane_mask(count - j0, lanes)
+
+        with f.when(j0 < count):
+            places = [partial + f.load_index(rows, f.minimum(j0 + i, count - 1)) for i in range(lanes)]
+            summed = [self.sum_parts(f, task, place, task["partial_part"]) for place in places]
+            for i, vector in enumerate(f.transpose(summed)):
+                with f.when(k + i < t["out_channels"]):
+                    numeric.store(f, vector, out + (k + i) * pitch, lanes, mask)
 
     def sum_parts(self, f: Function, task: Task, place: Value, pitch: Value) -> Value:
         """The sum over the parts, in order."""
         numeric = self.numeric
         first = f.load(place, numeric.vector)
+        if self.kernel.single:
+            return first
         (total,) = f.loop(1, task["parts"], 1, lambda i, s: [f.fadd(s, f.load(place + i * pitch, numeric.vector))], [first])
         return total
 
-    def finish_bias(self, f: Function, task: Task, group: Value) -> None:
+    def finish_bias(self, f: Function, task: Task, t: dict[str, Value]) -> None:
         numeric = self.numeric
-        out_channels = task["out_channels"]
-        parts = task.workspace + task["bias_part_at"] + group * task["partial_row"]
-        out = task.operand("bias") + group * out_channels * numeric.memory_bytes
+        out = task.operand("bias") + (t["group"] * task["out_channels"] + t["k0"]) * numeric.memory_bytes
 
         def block(k: Value) -> None:
-            total = self.sum_parts(f, task, parts + k * numeric.compute_bytes, task["bias_part"])
-            mask = f.lane_mask(out_channels - k, numeric.lanes)
+            total = self.sum_parts(f, task, t["bias"] + k * numeric.compute_bytes, task["bias_part"])
+            mask = f.lane_mask(t["out_channels"] - k, numeric.lanes)
             numeric.store(f, total, out + k * numeric.memory_bytes, numeric.lanes, mask)
 
-        f.loop(0, out_channels, numeric.lanes, block)
+        f.loop(0, t["out_channels"], numeric.lanes, block)

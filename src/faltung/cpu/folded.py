@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .. import dispatch
+from .. import config, dispatch
 from ..codegen.emit import Function, Module, Value
 from ..codegen.entry import ArgumentBlock, Task, emit_entry
 from ..codegen.load import load
@@ -167,10 +167,11 @@ class FoldedPlan:
         self._out_image = problem.c * problem.h * problem.w * memory
         padded = inner[0].problem
         self._buffer_bytes = padded.n * padded.c * padded.h * padded.w * memory
+        self._poison = config.current().poison
         self.launch: Callable[..., None] = self._launch
 
     def _launch(self, source: int, other: int, bias: int, out: int) -> None:
-        buffer = np.empty(self._buffer_bytes, np.uint8)
+        buffer = np.full(self._buffer_bytes, 0xFF, np.uint8) if self._poison else np.empty(self._buffer_bytes, np.uint8)
         address = buffer.ctypes.data
         for start in range(0, self.problem.n, self._images):
             last = start + self._images > self.problem.n
@@ -197,7 +198,8 @@ class Folded:
         images = max(1, min(problem.n, _BUFFER_BYTES // max(1, image_bytes)))
         inner, fold = [], []
         for count in (images, problem.n % images or images):
-            inner.append(dispatch.plan(replace(padded, n=count), "cpu", threads))
+            with config.override(implementation=None if config.current().implementation == self.name else config.current().implementation):
+                inner.append(dispatch.plan(replace(padded, n=count), "cpu", threads))
             fold.append(_fold_plan(replace(problem, n=count), padded, threads))
         return FoldedPlan(problem, inner, fold, images)
 

@@ -39,7 +39,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class Slab:
-    """Source indices ``j * step + offset`` for ``j`` in ``0 .. tile + extent - 1``."""
+    """Source indices ``j * step + offset`` for entries ``j`` in ``0 .. (tile - 1) * advance + extent``."""
 
     offset: int
     extent: int
@@ -47,7 +47,10 @@ class Slab:
 
 @dataclass(frozen=True)
 class Axis:
-    """One axis of a gather: ``size`` source indices, ``step`` between outputs' reads, and the phases of the output.
+    """One axis of a gather: ``size`` source indices, ``step`` between entries' reads, and the phases of the output.
+
+    Neighbouring outputs are ``advance`` entries apart: 1 where slabs hold every ``step``-th source index, the stride in a *dense* axis,
+    whose slabs hold all of them (``step`` 1) and so are plain runs of memory.
 
     ``count`` is the largest count of any phase: tiles of ``tile`` cover ``0 .. count - 1``.  ``output_step`` is the distance of a phase's outputs.
     """
@@ -60,6 +63,11 @@ class Axis:
     padding_mode: str
     slabs: tuple[Slab, ...]
     phases: tuple[Phase, ...]
+    advance: int = 1
+
+    def entries(self, outputs: int) -> int:
+        """Entries of a slab without extent for a run of ``outputs``."""
+        return max(0, outputs - 1) * self.advance + 1
 
     @property
     def covered(self) -> int:
@@ -71,17 +79,17 @@ class Axis:
         """Source index, or -1 for zero, of every slab's entries, one slab after the other; see :meth:`table_start`."""
         parts = []
         for slab in self.slabs:
-            index = np.arange(self.covered + slab.extent, dtype=np.int64) * self.step + slab.offset
+            index = np.arange(self.entries(self.covered) + slab.extent, dtype=np.int64) * self.step + slab.offset
             parts.append(padded_index(index, self.size, self.padding_mode))
         return np.concatenate(parts) if parts else np.zeros(0, np.int64)
 
     def table_start(self, slab: int) -> int:
         """Where the slab's part of :attr:`table` begins."""
-        return sum(self.covered + s.extent for s in self.slabs[:slab])
+        return sum(self.entries(self.covered) + s.extent for s in self.slabs[:slab])
 
     def interior(self, slab: int) -> tuple[int, int]:
         """The range of entries of a slab whose source index lies inside the image (there it is ``j * step + offset``)."""
-        length = self.covered + self.slabs[slab].extent
+        length = self.entries(self.covered) + self.slabs[slab].extent
         offset = self.slabs[slab].offset
         first = max(0, -(offset // self.step))
         last = (self.size - 1 - offset) // self.step + 1
@@ -92,13 +100,13 @@ class Axis:
         """Scratch index at which each slab of a tile begins, and behind the last one their total."""
         starts = [0]
         for slab in self.slabs:
-            starts.append(starts[-1] + self.tile + slab.extent)
+            starts.append(starts[-1] + self.entries(self.tile) + slab.extent)
         return tuple(starts)
 
     @cached_property
     def table_positions(self) -> npt.NDArray[np.int64]:
         """For each scratch index of a tile: the position in :attr:`table` of its entry, for the tile that starts at output 0."""
-        parts = [np.arange(self.tile + slab.extent, dtype=np.int64) + self.table_start(i) for i, slab in enumerate(self.slabs)]
+        parts = [np.arange(self.entries(self.tile) + slab.extent, dtype=np.int64) + self.table_start(i) for i, slab in enumerate(self.slabs)]
         return np.concatenate(parts) if parts else np.zeros(0, np.int64)
 
 
@@ -116,23 +124,28 @@ def padded_index(index: npt.NDArray[np.int64], size: int, mode: str) -> npt.NDAr
     return np.where(folded < size, folded, period - folded)
 
 
-def axes(problem: ConvProblem, tile: tuple[int, int]) -> tuple[Axis, Axis]:
+def axes(problem: ConvProblem, tile: tuple[int, int], *, dense: bool = False) -> tuple[Axis, Axis]:
     """Rows and columns of the gather that ``problem`` is, for tiles of ``tile`` outputs (of each phase).
 
+    ``dense``: the columns' axis is dense where that copies no columns in vain (see :class:`Axis`).
     ``grad_input`` ignores the padding mode: for a mode other than zeros it is asked for the gradient of the padded input.
     """
     left, right, top, bottom = problem.padding
     rows = (problem.h, problem.p, problem.r, problem.stride[0], problem.dilation[0], top)
     columns = (problem.w, problem.q, problem.s, problem.stride[1], problem.dilation[1], left)
-    make = _grad_input_axis if problem.direction == "grad_input" else _forward_axis
-    return make(*rows, problem.padding_mode, tile[0]), make(*columns, problem.padding_mode, tile[1])
+    mode = problem.padding_mode
+    if problem.direction == "grad_input":
+        return _grad_input_axis(*rows, mode, tile[0]), _grad_input_axis(*columns, mode, tile[1])
+    residues = {tap * problem.dilation[1] % problem.stride[1] for tap in range(problem.s)}
+    return _forward_axis(*rows, mode, tile[0]), _forward_axis(*columns, mode, tile[1], dense and len(residues) == problem.stride[1])
 
 
-def _forward_axis(size: int, outputs: int, kernel: int, stride: int, dilation: int, before: int, mode: str, tile: int) -> Axis:
+def _forward_axis(size: int, outputs: int, kernel: int, stride: int, dilation: int, before: int, mode: str, tile: int, dense: bool = False) -> Axis:
     offsets = [tap * dilation - before for tap in range(kernel)]
-    slabs, placed = _slabs(offsets, stride, tile)
+    step, advance = (1, stride) if dense else (stride, 1)
+    slabs, placed = _slabs(offsets, step, tile * advance)
     taps = tuple(Tap(i, *placed[offset]) for i, offset in enumerate(offsets))
-    return Axis(size, stride, outputs, tile, 1, mode, slabs, (Phase(0, outputs, taps),))
+    return Axis(size, step, outputs, tile, 1, mode, slabs, (Phase(0, outputs, taps),), advance)
 
 
 def _grad_input_axis(size: int, outputs: int, kernel: int, stride: int, dilation: int, before: int, mode: str, tile: int) -> Axis:

@@ -55,8 +55,9 @@ def call_micro(f: Function, micro: Function, **arguments: Value) -> None:
 def emit_micro(module: Module, numeric: Numeric, micro: Micro) -> Function:
     """The micro-kernel as a function of the module (once).
 
-    ``init`` gives the accumulators' start values, row ``m`` at ``init + m * init_pitch``: C itself to accumulate, a vector of bias or of
-    zeros with pitch 0.  Pitches and table entries count bytes.
+    ``init`` is added to the sums at the end, row ``m`` at ``init + m * init_pitch``: C itself to accumulate, a vector of bias or of zeros
+    with pitch 0.  Each call sums from zero, so a reduction in pieces has the smaller rounding error of a sum of sums.  Pitches and table
+    entries count bytes.
     """
     if module.has(micro.name):
         return module._functions[micro.name]
@@ -83,7 +84,7 @@ def emit_micro(module: Module, numeric: Numeric, micro: Micro) -> Function:
         chosen = block_mask(v)
         return f.load(pointer + v * vector_bytes, numeric.vector) if chosen is None else f.load_masked(pointer + v * vector_bytes, chosen, numeric.vector)
 
-    start = [read(pointer, v) for pointer in row_pointers(f["init"], f["init_pitch"]) for v in range(micro.vectors)]
+    start = [f.zero(numeric.vector)] * (micro.rows * micro.vectors)
     if not micro.unit_pitch and micro.orientation == "channels":
         pitch, twice = f["pitch"], f["pitch"] * 2
         thrice = pitch * 3
@@ -128,9 +129,9 @@ def emit_micro(module: Module, numeric: Numeric, micro: Micro) -> Function:
     whole = f.integer("and", f["count"], -_UNROLL)
     panel, *values = f.loop(0, whole, _UNROLL, turn(_UNROLL), [f["panel"], *start])
     _, *values = f.loop(whole, f["count"], 1, turn(1), [panel, *values])
-    for m, pointer in enumerate(row_pointers(f["c"], f["c_pitch"])):
+    for m, (pointer, first) in enumerate(zip(row_pointers(f["c"], f["c_pitch"]), row_pointers(f["init"], f["init_pitch"]))):
         for v in range(micro.vectors):
-            value, chosen = values[m * micro.vectors + v], block_mask(v)
+            value, chosen = f.fadd(values[m * micro.vectors + v], read(first, v)), block_mask(v)
             if chosen is None:
                 f.store(value, pointer + v * vector_bytes)
             else:

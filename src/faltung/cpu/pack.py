@@ -272,14 +272,23 @@ def emit_pack_panel(module: Module, numeric: Numeric) -> Function:
     def place(t: Value, j: Value) -> Value:
         return f["panel"] + (t * f["width"] + j) * size
 
+    def strided(source: Value, target: Value) -> None:
+        pitch = f["pitch"]
+        whole = f.integer("and", limit, -4)
+
+        def four(j: Value, pointer: Value) -> list[Value]:
+            for u in range(4):
+                f.store(numeric.load(f, pointer, 1), target + j * size + u * size)
+                pointer = pointer + pitch
+            return [pointer]
+
+        (rest,) = f.loop(0, whole, 4, four, [source])
+        f.loop(whole, limit, 1, lambda j, pointer: [(f.store(numeric.load(f, pointer, 1), target + j * size), pointer + pitch)[1]], [rest])
+
     def by_rows() -> None:
         def line(t: Value) -> None:
             source, target = f["weight"] + f.load_index(f["offsets"], t), place(t, f.value(0))
-            f.branch(
-                f["pitch"].equals(memory),
-                lambda: _copy_exact(f, numeric, source, target, limit),
-                lambda: f.loop(0, limit, 1, lambda j: f.store(numeric.load(f, source + j * f["pitch"], 1), target + j * size)) and None,
-            )
+            f.branch(f["pitch"].equals(memory), lambda: _copy_exact(f, numeric, source, target, limit), lambda: strided(source, target))
             f.loop(limit, f["width"], 1, lambda j: f.store(f.zero(numeric.compute), target + j * size))
 
         f.loop(0, f["count"], 1, line)

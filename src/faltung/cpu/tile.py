@@ -35,12 +35,13 @@ def weight_strides(problem: ConvProblem) -> tuple[int, int, int, int]:
 
 
 def row_pitch(columns: Axis) -> int:
-    """Columns of one row of the ``outer`` layout."""
+    """Columns of one row of the ``outer`` layout (whose axes are not dense)."""
     return columns.tile + max((s.extent for s in columns.slabs), default=0)
 
 
 class Tile:
-    """The tile of ``channels`` channels for two axes; ``row column channel slab`` are its byte pitches, ``bytes`` its size.
+    """The tile of ``channels`` channels for two axes; ``row column channel slab`` are its byte pitches, ``bytes`` its size, ``pixel`` the
+    distance of neighbouring outputs' reads.
 
     ``source`` are the gathered operand's byte pitches (image, channel, row, column), ``size`` the bytes of the compute type.
     """
@@ -60,11 +61,12 @@ class Tile:
             self.slab = scratch_rows * self.row
             self.channel = len(columns.slabs) * self.slab
             self.bytes = channels * self.channel
+        self.pixel = self.column * columns.advance
         self.row_table = np.where(rows.table >= 0, rows.table * source[2], -1)
         starts = columns.scratch_starts
         self.slab_table = np.array(
             [
-                (columns.table_start(i), starts[i] if self.inner else i * self.slab, columns.tile + slab.extent, *columns.interior(i), slab.offset)
+                (columns.table_start(i), starts[i] if self.inner else i * self.slab, columns.entries(columns.tile) + slab.extent, *columns.interior(i), slab.offset)
                 for i, slab in enumerate(columns.slabs)
             ],
             dtype=np.int64,
