@@ -26,6 +26,7 @@ __all__ = ["DIRECT", "Direct", "DirectConfig", "choose_config"]
 _CHUNK_BYTES = 24 << 10  # of a panel: with the rows that it meets it stays in the first-level cache
 _SLACK = 4096
 _PLANE_BYTES = 512 << 10
+_CANDIDATES = 8  # tile widths and heights tried, the largest that fit the cache first
 
 
 @dataclass(frozen=True)
@@ -96,20 +97,20 @@ def _choose_tile(problem: ConvProblem, target: Target, threads: int, orientation
     numeric = Numeric(problem.dtype, target)
     layout = "inner" if problem.format == "nhwc" and orientation == "channels" else "outer"
     whole_rows, whole_columns = axes(problem, (1, 1))
-    budget = target.l2 * 2 // 5
+    size = numeric.compute_bytes
+
+    def fits(tile: tuple[int, int]) -> bool:
+        return _tile_bytes(*axes(problem, tile), roles.source_channels, size) <= target.l2 // 2
+
     best: DirectConfig | None = None
-    for tile_q in tile_candidates(whole_columns.count):
-        wide = whole_columns.count // tile_q
-        if best is not None and wide > 1 and _fits(problem, (1, best.tile[1]), roles.source_channels, numeric.compute_bytes, budget):
-            break
-        for tile_p in tile_candidates(whole_rows.count):
-            tile = (tile_p, tile_q)
-            if (tile_p > 1) and not _fits(problem, tile, roles.source_channels, numeric.compute_bytes, budget):
-                continue
-            config = _configure(problem, target, threads, orientation, layout, tile)
+    wide = [q for q in tile_candidates(whole_columns.count) if fits((1, q))] or [1]
+    for tile_q in wide[:_CANDIDATES]:
+        high = [p for p in tile_candidates(whole_rows.count) if fits((p, tile_q))] or [1]
+        for tile_p in high[:_CANDIDATES]:
+            config = _configure(problem, target, threads, orientation, layout, (tile_p, tile_q))
             if best is None or config.cycles < best.cycles:
                 best = config
-            if _small_enough(problem, tile, threads):
+            if _small_enough(problem, (tile_p, tile_q), threads):
                 break
     assert best is not None
     return best
@@ -122,30 +123,30 @@ def _small_enough(problem: ConvProblem, tile: tuple[int, int], threads: int) -> 
     return tasks >= 16 * threads
 
 
-def _fits(problem: ConvProblem, tile: tuple[int, int], channels: int, size: int, budget: int) -> bool:
-    return _tile_bytes(*axes(problem, tile), channels, size) <= budget
-
-
 def _configure(problem: ConvProblem, target: Target, threads: int, orientation: str, layout: str, tile: tuple[int, int]) -> DirectConfig:
     """The best block for a tile, and the cost of the whole problem with it."""
     roles, numeric = Roles(problem), Numeric(problem.dtype, target)
     rows, columns = axes(problem, tile, dense=layout == "inner")
     lanes, size = numeric.lanes, numeric.compute_bytes
     tiles = -(-rows.count // tile[0]) * -(-columns.count // tile[1])
+    mean_rows = rows.count / -(-rows.count // tile[0])
     reduction = sum(len(r.taps) * len(c.taps) for r in rows.phases for c in columns.phases) * roles.source_channels
     phases = len(rows.phases) * len(columns.phases)
     mean = reduction / max(1, phases)
     if orientation == "channels":
         vectors = -(-roles.out_channels // lanes)
         block = choose_block(target, _counts(columns), vectors, 192, round_vectors=False)
-        # The counts that the block was chosen for are the distinct ones; scale to a whole tile's rows.
-        per_step = block.cycles / len(_counts(columns)) * tile[0]
-        store = tile[0] * tile[1] * phases * vectors * (2.0 if problem.format == "nchw" else 0.5)
+        # The block was chosen for the distinct counts of columns; a row of a tile has the mean one.
+        counts = _counts(columns)
+        mean_columns = columns.count / -(-columns.count // tile[1])
+        per_step = block.cycles * mean_columns / sum(counts) * mean_rows
+        store = mean_rows * tile[1] * phases * vectors * (2.0 if problem.format == "nchw" else 0.5)
         panels = -(-vectors // block.vectors)
     else:
         pixels = (tile[0] - 1) * row_pitch(columns) + tile[1]
-        block = choose_block(target, (roles.out_channels,), -(-pixels // lanes), 128, round_vectors=True)
-        per_step = block.cycles
+        whole = -(-pixels // lanes)
+        block = choose_block(target, (roles.out_channels,), whole, 128, round_vectors=True)
+        per_step = block.cycles * mean_rows / tile[0]
         store = tile[0] * tile[1] * phases * roles.out_channels / lanes * (1.0 if problem.format == "nchw" else 3.0) + roles.out_channels * tile[0] * 8
         panels = -(-roles.out_channels // block.rows)
     chunk = _chunk(-(-roles.out_channels // lanes), lanes * size)
@@ -155,7 +156,10 @@ def _configure(problem: ConvProblem, target: Target, threads: int, orientation: 
         scratch / lanes * (2.0 if natural else 6.0)
         + rows.scratch_starts[-1] * len(columns.slabs) * (roles.source_channels if problem.format == "nchw" else 1) * 20.0
     )
-    each = per_step * mean * phases + store
+    # Every task reads all packed weights: from the second-level cache at no cost, from the third-level one at about 12 bytes a cycle.
+    packed_bytes = reduction * roles.out_channels * size
+    reread = packed_bytes / 12 if packed_bytes > target.l2 // 2 else packed_bytes / 64
+    each = per_step * mean * phases + store + reread
     tasks = problem.n * problem.g * tiles
     k_blocks = min(panels, -(-2 * threads // tasks)) if tasks < 2 * threads else 1
     if orientation == "pixels":

@@ -157,17 +157,28 @@ def _copy_columns(f: Function, numeric: Numeric, line: Value, target: Value, sta
         f.loop(start, stop, 1, single)
         return
 
-    # The second of two vectors ends one element behind the last column wanted, so the last block is left to single elements.
-    blocks = f.maximum(stop - start - 1, 0) // lanes
+    count = stop - start
+    first = line + start * (2 * memory)
+    place = target + start * size
+    even = range(0, 2 * lanes, 2)
+    # The second of two vectors ends one element behind the last column wanted, so the last block is read under a mask.
+    blocks = f.maximum(count - 1, 0) // lanes
 
     def block(i: Value) -> None:
-        x = start + i * lanes
-        low = numeric.load(f, line + x * (2 * memory), lanes)
-        high = numeric.load(f, line + x * (2 * memory) + lanes * memory, lanes)
-        f.store(f.shuffle(low, high, range(0, 2 * lanes, 2)), target + x * size)
+        low = numeric.load(f, first + i * (2 * lanes * memory), lanes)
+        high = numeric.load(f, first + i * (2 * lanes * memory) + lanes * memory, lanes)
+        f.store(f.shuffle(low, high, even), place + i * (lanes * size))
 
     f.loop(0, blocks, 1, block)
-    f.loop(start + blocks * lanes, stop, 1, single)
+    done = blocks * lanes
+    if not numeric.target.masks:
+        f.loop(start + done, stop, 1, single)
+        return
+    with f.when(done < count):
+        wanted = (count - done) * 2 - 1
+        low = numeric.load(f, first + done * (2 * memory), lanes, f.lane_mask(wanted, lanes))
+        high = numeric.load(f, first + done * (2 * memory) + lanes * memory, lanes, f.lane_mask(wanted - lanes, lanes))
+        f.store(f.shuffle(low, high, even), place + done * size)
 
 
 def _pack_pixels(f: Function, a: Arguments, numeric: Numeric, step: int) -> None:
