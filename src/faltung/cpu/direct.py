@@ -19,7 +19,7 @@ from .geometry import Axis, axes
 from .plan import CpuPlan
 from .target import Target
 from .tile import Tile, align, pitches, row_pitch, weight_strides
-from .tiling import Block, choose_block, split_count, tile_candidates
+from .tiling import Block, choose_block, split_count, tile_candidates, useful_threads
 
 __all__ = ["DIRECT", "Direct", "DirectConfig", "choose_config"]
 
@@ -188,7 +188,10 @@ class Direct:
         if problem.direction == "grad_input" and problem.padding_mode != "zeros":
             raise Unsupported("grad_input in this padding mode is padded_grad_input's")
         target = targets.target()
-        return build_plan(problem, target, threads, choose_config(problem, target, threads), self.name)
+        config = choose_config(problem, target, threads)
+        if (useful := useful_threads(threads, config.cycles)) < threads:
+            threads, config = useful, choose_config(problem, target, useful)
+        return build_plan(problem, target, threads, config, self.name)
 
 
 DIRECT = Direct()

@@ -16,7 +16,7 @@ from .geometry import Axis, axes
 from .plan import CpuPlan
 from .target import Target
 from .tile import Tile, align, pitches, weight_strides
-from .tiling import Block, choose_block, split_count, tile_candidates
+from .tiling import Block, choose_block, split_count, tile_candidates, useful_threads
 
 __all__ = ["DIRECT_WEIGHT", "DirectWeight", "WeightConfig", "choose_config"]
 
@@ -128,6 +128,8 @@ def build_plan(problem: ConvProblem, target: Target, threads: int, config: Weigh
     """Tables, kernel and argument block for a configuration."""
     numeric = Numeric(problem.dtype, target)
     lanes, size = numeric.lanes, numeric.compute_bytes
+    cycles = config.block.cycles * problem.r * problem.s * problem.g * problem.n * problem.p * problem.q
+    threads = useful_threads(threads, cycles)
     rows, columns = axes(problem, config.tile[1:], dense=problem.format == "nhwc")
     c_blocks = -(-problem.cg // config.block_channels)
     last = problem.cg - (c_blocks - 1) * config.block_channels
@@ -147,7 +149,7 @@ def build_plan(problem: ConvProblem, target: Target, threads: int, config: Weigh
     values |= {"panels_at": panels_at, "sums_at": sums_at, "scratch_size": align(sums_at + sums + _SLACK) + 64 * 9}
     facts = {
         "block": f"{config.block.rows}x{config.block.vectors}", "tile": "x".join(map(str, config.tile)), "parts": config.parts,
-        "tasks": values["tasks"], "predicted_cycles": config.block.cycles * problem.r * problem.s * problem.g * problem.n * problem.p * problem.q / threads,
+        "tasks": values["tasks"], "predicted_cycles": cycles / threads,
     }  # fmt: skip
     workspace_bytes = values["scratch_at"] + threads * values["scratch_size"]
     block = ARGUMENTS.pack(threads, values)

@@ -15,6 +15,7 @@ from .direct import build_plan, choose_config
 from .direct_weight import build_plan as build_weight_plan
 from .direct_weight import choose_config as choose_weight_config
 from .plan import CpuPlan
+from .tiling import useful_threads
 
 __all__ = ["POINTWISE", "Pointwise", "joined"]
 
@@ -43,6 +44,8 @@ class Pointwise:
             found = build_weight_plan(row, target, threads, choose_weight_config(row, target), self.name)
         else:
             config = choose_config(row, target, threads)
+            if (useful := useful_threads(threads, config.cycles)) < threads:
+                threads, config = useful, choose_config(row, target, useful)
             in_place = config.layout == "inner" and not Numeric(problem.dtype, target).converts
             found = build_plan(row, target, threads, replace(config, packed=not in_place), self.name)
         found.problem = problem

@@ -14,10 +14,11 @@ from functools import lru_cache
 from .micro import largest_rows
 from .target import Target
 
-__all__ = ["Block", "choose_block", "split", "split_count", "tile_candidates"]
+__all__ = ["Block", "choose_block", "split", "split_count", "tile_candidates", "useful_threads"]
 
 _CALL_CYCLES = 40.0
 _LATENCY = 4.0
+_FORK_CYCLES = 12_000  # about 3 us: a fork and join costs a third of that, and more where the threads have gone to sleep
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,11 @@ class Block:
     rows: int
     vectors: int
     cycles: float
+
+
+def useful_threads(threads: int, cycles: float) -> int:
+    """Threads that pay for their start, of at most ``threads``, for work of ``cycles`` in all."""
+    return max(1, min(threads, int(cycles / _FORK_CYCLES)))
 
 
 def split_count(total: int, size: int) -> tuple[int, int]:
