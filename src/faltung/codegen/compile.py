@@ -53,7 +53,7 @@ def _initialize() -> None:
     llvm.initialize_all_asmprinters()
 
 
-def host_cpu(base: Target) -> tuple[str, str]:
+def host_cpu() -> tuple[str, str]:
     """LLVM's name of the host's processor and its features, without the preference for short vectors."""
     features = llvm.get_host_cpu_features()
     features["prefer-256-bit"] = False

@@ -9,9 +9,9 @@ Integers are 64 bits wide and pointers are plain addresses: ``pointer + offset``
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Union
+from typing import TypeAlias
 
 __all__ = ["FLOAT_BYTES", "Function", "Module", "Scalar", "Value", "vector_type"]
 
@@ -88,7 +88,7 @@ class Value:
         return self.function.compare("eq", self, other)
 
 
-Scalar = Union[Value, int]
+Scalar: TypeAlias = "Value | int"
 
 
 class Module:
@@ -247,6 +247,10 @@ class Function:
         self.module.declare("llvm.prefetch.p0", "void @llvm.prefetch.p0(ptr, i32, i32, i32)")
         self.line(f"call void @llvm.prefetch.p0({pointer}, i32 0, i32 {locality}, i32 1)")
 
+    def barrier(self) -> None:
+        """No access to memory moves across, and none is shared with one on the other side; no instruction comes of it."""
+        self.line('fence syncscope("singlethread") acq_rel')
+
     def stack(self, byte_count: int, align: int = 64) -> Value:
         """Memory on the stack for the length of the call."""
         name = self._fresh("stack")
@@ -298,11 +302,11 @@ class Function:
     def sum_lanes(self, vector: Value) -> Value:
         """The sum of all lanes, by halves (a fixed order)."""
         _, lanes = _split(vector.type)
-        while lanes > 1:
+        while lanes > 2:
             lanes //= 2
             low, high = self.shuffle(vector, None, range(lanes)), self.shuffle(vector, None, range(lanes, 2 * lanes))
             vector = self.fadd(low, high)
-        return self.extract(vector, 0) if vector.type.startswith("<") else vector
+        return self.fadd(self.extract(vector, 0), self.extract(vector, 1)) if lanes == 2 else vector
 
     def transpose(self, rows: Sequence[Value]) -> list[Value]:
         """``len(rows)`` vectors of as many lanes, rows and columns exchanged, in log2 steps of two-operand shuffles."""
@@ -381,7 +385,7 @@ class Function:
         return carried
 
     @contextmanager
-    def when(self, condition: Value):  # type: ignore[no-untyped-def]
+    def when(self, condition: Value) -> Iterator[None]:
         """Code that runs where ``condition`` holds; values made inside are not visible after it."""
         inside, after = self._label("then"), self._label("endif")
         self.line(f"br {condition}, label %{inside}, label %{after}")
@@ -390,7 +394,7 @@ class Function:
         self.line(f"br label %{after}")
         self._start(after)
 
-    def branch(self, condition: Value, yes: Callable[[], None], no: Callable[[], None]) -> None:
+    def branch(self, condition: Value, yes: Callable[[], object], no: Callable[[], object]) -> None:
         """One of two pieces of code."""
         left, right, after = self._label("then"), self._label("else"), self._label("endif")
         self.line(f"br {condition}, label %{left}, label %{right}")

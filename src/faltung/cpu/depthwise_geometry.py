@@ -17,7 +17,7 @@ import numpy.typing as npt
 from ..problem import ConvProblem
 from .geometry import padded_index
 
-__all__ = ["Line", "LinePhase", "lines"]
+__all__ = ["Line", "LinePhase", "context_rows", "lines"]
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,16 @@ class Line:
         last = (self.size - 1 - self.base) // self.unit + 1
         return first, max(first, min(last, self.length(self.count)))
 
+    def direct(self, phase: LinePhase) -> tuple[int, int]:
+        """The range of a phase's outputs all of whose taps read entries of :meth:`inside`."""
+        if not phase.taps:
+            return 0, phase.count
+        low, high = self.inside()
+        first = max(0, -((phase.shift - low) // self.step))
+        last = (high - 1 - (len(phase.taps) - 1) * self.spacing - phase.shift) // self.step + 1
+        last = max(0, min(last, phase.count))
+        return (first, last) if first < last else (0, 0)
+
     def tap_ranges(self) -> npt.NDArray[np.int64]:
         """``[phase, i] -> (first, last + 1)`` of the taps whose source lies in the image (all of them where the padding is not zero)."""
         ranges = np.zeros((len(self.phases), self.count, 2), np.int64)
@@ -110,3 +120,8 @@ def _backward(size: int, outputs: int, kernel: int, stride: int, dilation: int, 
     base = min((offset for _, taps, offset in found if taps), default=0)
     phases = tuple(LinePhase(start, -(-(size - start) // stride), offset - base if taps else 0, taps) for start, taps, offset in found)
     return Line(outputs, size, "zeros", base, 1, 1, dilation // gcd(dilation, stride), stride, phases)
+
+
+def context_rows(rows: Line) -> int:
+    """Source rows that a ring holds before an output row's own new ones."""
+    return max(0, rows.extent + 1 - rows.step)

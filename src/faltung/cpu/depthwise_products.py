@@ -36,7 +36,7 @@ class Shape:
     @classmethod
     def choose(cls, target: Target, r: int, s: int, pixels: int, step: int, spacing: int) -> Shape:
         """Blocks for an ``r x s`` kernel and rows of ``pixels``: accumulators take two thirds of the registers."""
-        most = 20 if target.registers >= 32 else 8
+        most = 21 if target.registers >= 32 else 8
         col_most = min(s, 16 if target.registers >= 32 else 7)
         columns = _even(s, col_most)
         row_most = min(r, max(1, most // columns[0]))
@@ -63,47 +63,55 @@ class Shape:
 
 
 PARAMETERS = (
-    ("ptr", "source"), ("ptr", "gradient"), ("ptr", "sums"), ("i64", "rows"), ("i64", "cols"), ("i64", "row_step"), ("i64", "tap_row"),
-    ("i64", "gradient_pitch"), ("i64", "sums_row"),
+    ("ptr", "source"), ("ptr", "ring"), ("ptr", "gradient"), ("ptr", "sums"), ("i64", "rows"), ("i64", "cols"), ("i64", "ring_row"), ("i64", "ring_tap"),
+    ("i64", "gradient_pitch"), ("i64", "sums_row"), ("i64", "pixel"), ("i64", "gradient_pixel"),
 )  # fmt: skip
 
 
-def emit_products(module: Module, lanes: Lanes, shape: Shape, rows: int, columns: int) -> Function:
-    """Emit ``sums[r][s] += sum over pixels p, q of source[p * row_step + r * tap_row][q * step + s * spacing] * gradient[p][q]``.
+def emit_products(module: Module, lanes: Lanes, shape: Shape, rows: int, columns: int, direct: bool) -> Function:
+    """Emit ``sums[r][s] += sum over pixels p, q of source[p, r][q * step + s * spacing] * gradient[p][q]``.
+
+    Source row ``p, r`` lies where the entry of ``ring`` at ``p * ring_row + r * ring_tap`` bytes says.  ``direct``: the gradient is in the caller's memory.
 
     Loop nest: output rows, blocks of ``shape.pixels`` pixels (``cols`` is a multiple); the block of ``rows x columns`` taps stays in registers, in
     several copies where it is too small to hide the latency of an addition.
     """
     f = module.function(f"products_{rows}x{columns}", PARAMETERS)
-    numeric, entry = lanes.numeric, lanes.entry_bytes
+    numeric, entry, pixel = lanes.numeric, lanes.entry_bytes, lanes.pixel(f)
     taps = rows * columns
     copies = min(shape.pixels, -(-8 // taps)) if numeric.target.registers >= 32 else min(shape.pixels, -(-6 // taps))
     zero = f.zero(numeric.vector)
     width = shape.pixels
 
-    def block(_: Value, x: Value, g: Value, *sums: Value) -> list[Value]:
-        result = list(sums)
-        gradients = [f.load(g + u * entry, numeric.vector) for u in range(width)]
+    gradient_pixel = f["gradient_pixel"] if direct else pixel
+
+    def block(_: Value, g: Value, *carried: Value) -> list[Value]:
+        source, result = list(carried[:rows]), list(carried[rows:])
+        gradients = []
+        for _u in range(width):
+            gradients.append(f.load(g, numeric.vector))
+            g = g + gradient_pixel
         uses: dict[int, list[tuple[int, int]]] = {}
         for u in range(width):
             for s in range(columns):
                 uses.setdefault(u * shape.step + s * shape.spacing, []).append((u, s))
-        line = x
         for r in range(rows):
+            at_pixel, before = source[r], 0
             for position in sorted(uses):
-                value = f.load(line + position * entry, numeric.vector)
+                at_pixel = at_pixel + (position - before) * pixel
+                before = position
+                value = f.load(at_pixel, numeric.vector)
                 for u, s in uses[position]:
                     at = u % copies * taps + r * columns + s
                     result[at] = f.fma(value, gradients[u], result[at], numeric.target.fma)
-            if r + 1 < rows:
-                line = line + f["tap_row"]
-        return [x + width * shape.step * entry, g + width * entry, *result]
+        return [g, *[x + width * shape.step * pixel for x in source], *result]
 
-    def row(_: Value, x: Value, g: Value, *sums: Value) -> list[Value]:
-        after = f.loop(0, f["cols"], width, block, [x, g, *sums])[2:]
-        return [x + f["row_step"], g + f["gradient_pitch"], *after]
+    def row(_: Value, ring: Value, g: Value, *sums: Value) -> list[Value]:
+        source = [f["source"] + f.load(ring + f["ring_tap"] * r) for r in range(rows)]
+        after = f.loop(0, f["cols"], width, block, [g, *source, *sums])[1 + rows :]
+        return [ring + f["ring_row"], g + f["gradient_pitch"], *after]
 
-    sums = f.loop(0, f["rows"], 1, row, [f["source"], f["gradient"], *[zero] * (taps * copies)])[2:]
+    sums = f.loop(0, f["rows"], 1, row, [f["ring"], f["gradient"], *[zero] * (taps * copies)])[2:]
     for r in range(rows):
         for s in range(columns):
             value = sums[r * columns + s]
@@ -115,13 +123,18 @@ def emit_products(module: Module, lanes: Lanes, shape: Shape, rows: int, columns
     return f
 
 
-def emit_bias_sum(module: Module, lanes: Lanes, shape: Shape) -> Function:
+def emit_bias_sum(module: Module, lanes: Lanes, shape: Shape, direct: bool) -> Function:
     """Emit ``sum += sum over pixels of gradient``, in as many accumulators as a block has pixels."""
-    f = module.function("bias_sum", (("ptr", "gradient"), ("ptr", "sum"), ("i64", "rows"), ("i64", "cols"), ("i64", "gradient_pitch")))
-    numeric, entry = lanes.numeric, lanes.entry_bytes
+    f = module.function("bias_sum", (("ptr", "gradient"), ("ptr", "sum"), ("i64", "rows"), ("i64", "cols"), ("i64", "gradient_pitch"), ("i64", "pixel")))
+    numeric = lanes.numeric
+    pixel = f["pixel"] if direct else lanes.pixel(f)
 
     def block(_: Value, g: Value, *sums: Value) -> list[Value]:
-        return [g + shape.pixels * entry, *[f.fadd(value, f.load(g + u * entry, numeric.vector)) for u, value in enumerate(sums)]]
+        result = []
+        for value in sums:
+            result.append(f.fadd(value, f.load(g, numeric.vector)))
+            g = g + pixel
+        return [g, *result]
 
     def row(i: Value, *sums: Value) -> list[Value]:
         return f.loop(0, f["cols"], shape.pixels, block, [f["gradient"] + i * f["gradient_pitch"], *sums])[1:]

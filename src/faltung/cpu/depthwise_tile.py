@@ -1,7 +1,8 @@
 """Tiles of a depthwise convolution: from an image in either format into scratch with channels in vector lanes, and back.
 
-A scratch entry is one vector of the compute type: ``lanes`` channels of one pixel.  Scratch rows are ``pitch`` bytes apart, the planes of
-consecutive channel vectors ``plane`` bytes.  All accesses to the caller's memory are made here and in the kernels' final stores.
+A scratch entry is one vector of the compute type: ``lanes`` channels of one pixel.  Pixels are ``pixel`` bytes apart and hold their vectors side
+by side; a table says where each row begins, so that a scratch can be a ring of rows.  All accesses to the caller's memory are made here and
+in the kernels' final stores.
 """
 
 from __future__ import annotations
@@ -32,6 +33,10 @@ class Lanes:
     def entry_bytes(self) -> int:
         return self.numeric.lanes * self.numeric.compute_bytes
 
+    def pixel(self, f: Function) -> Value | int:
+        """Bytes between pixels in scratch."""
+        return f["pixel"] if self.format == "nhwc" else self.entry_bytes
+
     def channel(self, f: Function, lane: Value) -> Value:
         """The source channel of a lane; lanes behind the last one read the last one's."""
         if self.tail:
@@ -46,18 +51,18 @@ class Lanes:
 
 
 LOAD_PARAMETERS = (
-    ("ptr", "source"), ("ptr", "scratch"), ("ptr", "row_table"), ("i64", "rows"), ("ptr", "col_table"), ("i64", "cols"), ("i64", "first"), ("i64", "last"),
-    ("i64", "start"), ("i64", "vectors"), ("i64", "lanes_total"), ("i64", "multiplier"), ("i64", "residue"), ("i64", "pitch"), ("i64", "plane"),
+    ("ptr", "source"), ("ptr", "scratch"), ("ptr", "row_table"), ("ptr", "ring"), ("i64", "rows"), ("ptr", "col_table"), ("i64", "cols"), ("i64", "first"),
+    ("i64", "last"), ("i64", "start"), ("i64", "vectors"), ("i64", "lanes_total"), ("i64", "multiplier"), ("i64", "residue"), ("i64", "pixel"),
     ("i64", "row_bytes"), ("i64", "channel_bytes"),
 )  # fmt: skip
 
 
 def emit_load(module: Module, lanes: Lanes, name: str, zero_rows: bool) -> Function:
-    """Emit a function that fills ``rows x cols`` entries of ``vectors`` planes of scratch from one image.
+    """Emit a function that fills ``rows x cols`` pixels of ``vectors`` entries of scratch from one image.
 
-    ``row_table`` and ``col_table`` give the source row and column of each entry, -1 for zero; entries of columns ``first`` to ``last - 1`` are never
+    ``row_table`` and ``col_table`` give the source row and column of each pixel, -1 for zero, ``ring`` the place of each row in bytes; pixels of columns ``first`` to ``last - 1`` are never
     zero, and for nchw their source columns are consecutive.  Zero rows are filled only where ``zero_rows``.  ``start`` is the first lane;
-    ``channel_bytes`` the distance of pixels (nhwc) or planes (nchw).  For nchw one plane is filled, and the scratch needs one vector of entries of slack.
+    ``channel_bytes`` the distance of pixels (nhwc) or planes (nchw).  For nchw ``vectors`` is 1, and a row needs a vector's lanes of pixels of slack.
     """
     f = module.function(name, LOAD_PARAMETERS)
     numeric = lanes.numeric
@@ -68,7 +73,7 @@ def emit_load(module: Module, lanes: Lanes, name: str, zero_rows: bool) -> Funct
 
     def row(i: Value) -> None:
         at = f.load_index(f["row_table"], i)
-        target = f["scratch"] + i * f["pitch"]
+        target = f["scratch"] + f.load_index(f["ring"], i)
         distance = at * f["row_bytes"]
 
         def present() -> None:
@@ -78,7 +83,7 @@ def emit_load(module: Module, lanes: Lanes, name: str, zero_rows: bool) -> Funct
                 _row_nchw(f, lanes, pointers, distance, target)
 
         def absent() -> None:
-            f.loop(0, f["cols"], 1, lambda j: _store_zeros(f, lanes, target + j * lanes.entry_bytes))
+            f.loop(0, f["cols"], 1, lambda j: _store_zeros(f, lanes, target + j * lanes.pixel(f)))
 
         f.branch(at >= 0, present, absent if zero_rows else lambda: None)
 
@@ -92,7 +97,7 @@ def _store_zeros(f: Function, lanes: Lanes, target: Value) -> None:
     if lanes.format == "nchw":
         f.store(zero, target)
     else:
-        f.loop(0, f["vectors"], 1, lambda v: f.store(zero, target + v * f["plane"]))
+        f.loop(0, f["vectors"], 1, lambda v: f.store(zero, target + v * lanes.entry_bytes))
 
 
 def _lane_pointers(f: Function, lanes: Lanes, source: Value) -> list[Value]:
@@ -115,7 +120,7 @@ def _row_nhwc(f: Function, lanes: Lanes, source: Value, pointers: list[Value], r
 
     def pixel(j: Value, column: Value) -> None:
         distance = row + column * f["channel_bytes"]
-        to = target + j * lanes.entry_bytes
+        to = target + j * lanes.pixel(f)
         if lanes.kind != "same":
             # One vector a task: its lanes come from scattered channels.
             f.store(_gather(f, lanes, pointers, distance), to)
@@ -127,7 +132,7 @@ def _row_nhwc(f: Function, lanes: Lanes, source: Value, pointers: list[Value], r
 
         def vector(v: Value, p: Value, to: Value) -> list[Value]:
             f.store(numeric.load(f, p, count), to)
-            return [p + count * numeric.memory_bytes, to + f["plane"]]
+            return [p + count * numeric.memory_bytes, to + lanes.entry_bytes]
 
         rest, last = f.loop(0, full, 1, vector, [at, to])
         if lanes.tail:
@@ -137,7 +142,7 @@ def _row_nhwc(f: Function, lanes: Lanes, source: Value, pointers: list[Value], r
 
     def border(j: Value) -> None:
         column = f.load_index(f["col_table"], j)
-        f.branch(column >= 0, lambda: pixel(j, column), lambda: _store_zeros(f, lanes, target + j * lanes.entry_bytes))
+        f.branch(column >= 0, lambda: pixel(j, column), lambda: _store_zeros(f, lanes, target + j * lanes.pixel(f)))
 
     f.loop(0, f["first"], 1, border)
     f.loop(f["first"], f["last"], 1, lambda j: pixel(j, f.load_index(f["col_table"], j)))

@@ -17,7 +17,7 @@ from ..codegen.load import load
 from ..codegen.numeric import Numeric
 from ..problem import DTYPES, ConvProblem
 from . import target as targets
-from .depthwise_geometry import Line, lines
+from .depthwise_geometry import Line, context_rows, lines
 from .depthwise_products import Shape, emit_bias_sum, emit_products
 from .depthwise_tile import Lanes, emit_load, image_strides, inside, odd_lines
 from .plan import CpuPlan
@@ -27,8 +27,8 @@ __all__ = ["plan_weight"]
 
 ARGUMENTS = ArgumentBlock((
     "tasks", "chunks", "chunk", "tiles", "slice_tiles", "row_tiles", "col_tiles", "tile_rows", "tile_cols", "vectors_total", "lanes_total", "multiplier",
-    "scratch_at", "scratch_bytes", "gradient_at", "pitch", "plane", "gradient_pitch", "gradient_plane",
-    "row_table", "row_step", "row_extent", "row_spacing", "col_table", "col_step", "col_extent", "inside_first", "inside_last",
+    "scratch_at", "scratch_bytes", "gradient_at", "pixel", "gradient_pixel", "gradient_pitch", "strip_rows",
+    "ring_table", "gradient_places", "row_table", "row_step", "row_context", "row_spacing", "col_table", "col_step", "col_extent", "inside_first", "inside_last",
     "gradient_rows", "gradient_cols", "row_count", "col_count", "row_blocks", "row_groups", "col_blocks", "col_groups",
     "source_image", "source_row", "source_channel", "gradient_image", "gradient_row", "gradient_channel",
     "taps", "kernel_columns", "partial_slice", "partial_vector", "sum_tasks", "slices",
@@ -40,34 +40,37 @@ _PARTIAL_BYTES = 32 << 20
 
 @dataclass(frozen=True)
 class Spec:
-    """What a kernel of ``grad_weight`` is generated from: lanes of the input and of the gradient, and blocks of taps by pixels."""
+    """What a kernel of ``grad_weight`` is generated from: lanes of the input and of the gradient, and blocks of taps by pixels.
+
+    ``direct``: the gradient is read where it is (nhwc, whole vectors and whole blocks of pixels), not through scratch.
+    """
 
     source: Lanes
     gradient: Lanes
     shape: Shape
     bias: bool
+    direct: bool
 
     @property
     def name(self) -> str:
         numeric = self.source.numeric
         parts = ("depthwise_weight", numeric.dtype, self.source.name, self.shape.name)
-        return "_".join((*parts, *(("bias",) if self.bias else ()), numeric.target.isa))
+        return "_".join((*parts, *(("direct",) if self.direct else ()), *(("bias",) if self.bias else ()), numeric.target.isa))
 
 
 def emit_weight(spec: Spec) -> str:
     """The kernel of ``grad_weight``.
 
-    Stage 0, for each slice and chunk of vectors: zero the partial sums ``[tap (and bias)][lane]``; for each tile of the slice load both scratches, then for
-    each vector, block of kernel rows and block of kernel columns: add the products of all pixels to the partial sums.
+    Stage 0, for each slice and chunk of vectors: zero the partial sums ``[tap (and bias)][lane]``; for each strip of output rows of its tiles: load the
+    next input rows into a ring of scratch rows (and the gradient's rows), then for each vector, block of kernel rows and block of kernel columns: add
+    the products of the strip's pixels to the partial sums.
     Stage 1, for each vector: add the slices, write ``[k][r][s]``.
     """
     module = Module()
     load_source = emit_load(module, spec.source, "load_source", zero_rows=True)
     load_gradient = emit_load(module, spec.gradient, "load_gradient", zero_rows=True)
-    products = {
-        (rows, columns): emit_products(module, spec.source, spec.shape, rows, columns) for rows in spec.shape.rows for columns in spec.shape.columns
-    }
-    bias = emit_bias_sum(module, spec.gradient, spec.shape) if spec.bias else None
+    products = {(rows, columns): emit_products(module, spec.source, spec.shape, rows, columns, spec.direct) for rows in spec.shape.rows for columns in spec.shape.columns}
+    bias = emit_bias_sum(module, spec.gradient, spec.shape, spec.direct) if spec.bias else None
 
     def gather(f: Function, task: Task) -> object:
         return partial(_gather, f, task, spec, (load_source, load_gradient), products, bias)
@@ -104,22 +107,35 @@ def _gather(
         # Whole blocks of pixels: the gradient is zero behind the last one, and so is the input there.
         cols = (real + spec.shape.pixels - 1) // spec.shape.pixels * spec.shape.pixels
         first_row, first_col = row0 * task["row_step"], col0 * task["col_step"]
-        source_rows = (rows - 1) * task["row_step"] + task["row_extent"] + 1
         source_cols = (cols - 1) * task["col_step"] + task["col_extent"] + 1
         inside_first = f.minimum(f.maximum(task["inside_first"] - first_col, 0), source_cols)
         inside_last = f.maximum(f.minimum(task["inside_last"] - first_col, source_cols), inside_first)
         start = vector0 * numeric.lanes
-        f.call(loaders[0], [
-            task.operand("source") + image * task["source_image"], scratch, task.table("row_table") + first_row * 8, source_rows,
-            task.table("col_table") + first_col * 8, source_cols, inside_first, inside_last, start, vectors, task["lanes_total"], task["multiplier"],
-            f.value(0), task["pitch"], task["plane"], task["source_row"], task["source_channel"],
-        ])  # fmt: skip
-        f.call(loaders[1], [
-            task.operand("other") + image * task["gradient_image"], gradient, task.table("gradient_rows") + row0 * 8, rows,
-            task.table("gradient_cols") + col0 * 8, cols, f.value(0), real, start, vectors, task["lanes_total"], f.value(1),
-            f.value(0), task["gradient_pitch"], task["gradient_plane"], task["gradient_row"], task["gradient_channel"],
-        ])  # fmt: skip
-        f.loop(0, vectors, 1, lambda v: _vector(f, task, spec, (scratch, gradient, sums), v, (row0, rows, cols), products, bias))
+        other = task.operand("other") + image * task["gradient_image"]
+
+        def load_source(first: Value, count: Value) -> None:
+            f.call(loaders[0], [
+                task.operand("source") + image * task["source_image"], scratch, task.table("row_table") + (first_row + first) * 8,
+                task.table("ring_table") + first * 8, count, task.table("col_table") + first_col * 8, source_cols, inside_first, inside_last, start, vectors,
+                task["lanes_total"], task["multiplier"], f.value(0), task["pixel"], task["source_row"], task["source_channel"],
+            ])  # fmt: skip
+
+        def strip(i: Value) -> None:
+            count = f.minimum(task["strip_rows"], rows - i)
+            load_source(i * task["row_step"] + task["row_context"], count * task["row_step"])
+            if spec.direct:
+                at = other + (row0 + i) * task["gradient_row"] + col0 * task["gradient_channel"] + start * numeric.memory_bytes
+            else:
+                at = gradient
+                f.call(loaders[1], [
+                    other, gradient, task.table("gradient_rows") + (row0 + i) * 8, task.table("gradient_places"), count,
+                    task.table("gradient_cols") + col0 * 8, cols, f.value(0), real, start, vectors, task["lanes_total"], f.value(1),
+                    f.value(0), task["gradient_pixel"], task["gradient_row"], task["gradient_channel"],
+                ])  # fmt: skip
+            f.loop(0, vectors, 1, lambda v: _vector(f, task, spec, (scratch, at, sums), v, (row0, i, count, cols), products, bias))
+
+        load_source(f.value(0), task["row_context"])
+        f.loop(0, rows, task["strip_rows"], strip)
 
     f.loop(first_tile, f.minimum(first_tile + task["slice_tiles"], task["tiles"]), 1, tile)
 
@@ -130,27 +146,29 @@ def _vector(
     spec: Spec,
     memory: tuple[Value, Value, Value],
     v: Value,
-    tile: tuple[Value, Value, Value],
+    strip: tuple[Value, Value, Value, Value],
     products: dict[tuple[int, int], Function],
     bias: Function | None,
 ) -> None:
-    """Every block of taps for one vector of channels of a tile."""
-    entry = spec.source.entry_bytes
-    row0, rows, cols = tile
-    source, gradient = memory[0] + v * task["plane"], memory[1] + v * task["gradient_plane"]
+    """Every block of taps for one vector of channels of a strip."""
+    numeric, entry = spec.source.numeric, spec.source.entry_bytes
+    pixel: Value | int = task["pixel"] if spec.source.format == "nhwc" else entry
+    row0, i0, rows, cols = strip
+    source, gradient = memory[0] + v * entry, memory[1] + v * (numeric.lanes * numeric.memory_bytes if spec.direct else entry)
     sums = memory[2] + v * task["partial_vector"]
 
     def block(i: Value, j: Value, function: Function) -> None:
         record = task.table("row_blocks") + i * 24
         first, low, high = (f.load(record + 8 * k) for k in range(3))
         column = f.load_index(task.table("col_blocks"), j)
-        # Output rows of the tile that these kernel rows read inside the image.
-        low = f.minimum(f.maximum(low - row0, 0), rows)
-        count = f.maximum(f.minimum(high - row0, rows) - low, 0)
-        at = (low * task["row_step"] + first * task["row_spacing"]) * task["pitch"] + column * (spec.shape.spacing * entry)
+        # Output rows of the strip that these kernel rows read inside the image.
+        low = f.minimum(f.maximum(low - row0 - i0, 0), rows)
+        count = f.maximum(f.minimum(high - row0 - i0, rows) - low, 0)
+        ring = task.table("ring_table") + ((i0 + low) * task["row_step"] + first * task["row_spacing"]) * 8
         f.call(function, [
-            source + at, gradient + low * task["gradient_pitch"], sums + (first * task["kernel_columns"] + column) * entry, count, cols,
-            task["row_step"] * task["pitch"], task["row_spacing"] * task["pitch"], task["gradient_pitch"], task["kernel_columns"] * entry,
+            source + column * spec.shape.spacing * pixel, ring, gradient + low * task["gradient_pitch"],
+            sums + (first * task["kernel_columns"] + column) * entry, count, cols, task["row_step"] * 8, task["row_spacing"] * 8,
+            task["gradient_pitch"], task["kernel_columns"] * entry, task["pixel"], task["gradient_pixel"],
         ])  # fmt: skip
 
     for a, r in enumerate(spec.shape.rows):
@@ -164,7 +182,7 @@ def _vector(
 
             f.loop(f.load(row_bounds), f.load(row_bounds + 8), 1, each_row)
     if bias is not None:
-        f.call(bias, [gradient, sums + task["taps"] * entry, rows, cols, task["gradient_pitch"]])
+        f.call(bias, [gradient, sums + task["taps"] * entry, rows, cols, task["gradient_pitch"], task["gradient_pixel"]])
 
 
 def _total(f: Function, task: Task, spec: Spec, index: Value) -> None:
@@ -205,39 +223,42 @@ def _total(f: Function, task: Task, spec: Spec, index: Value) -> None:
 
 @dataclass(frozen=True)
 class Tiling:
-    """Output rows and columns of a tile, vectors of channels together, tiles of a slice."""
+    """Output rows and columns of a tile, rows of a strip, vectors of channels together, tiles of a slice."""
 
     rows: int
     cols: int
+    strip: int
     vectors: int
     slice_tiles: int
 
 
 def tiling(problem: ConvProblem, source: Lanes, lines_: tuple[Line, Line], pixels: int, target: Target) -> Tiling:
-    """Tiles of both operands within half of the second-level cache; depends on the problem and the machine, never on the thread count."""
+    """A ring of rows within half of the second-level cache; depends on the problem and the machine, never on the thread count."""
     rows, cols = lines_
     budget = target.l2 // 2 // source.entry_bytes
     total = -(-problem.k // source.numeric.lanes)
+    # Enough pixels a strip to make little of loading and storing the sums; large kernels do more with each row of the ring.
+    strip = min(rows.count, max(1, (112 if problem.r * problem.s <= 49 else 448) // cols.count))
 
-    def entries(tile_rows: int, tile_cols: int) -> int:
+    def entries(tile_cols: int) -> int:
         tile_cols = -(-tile_cols // pixels) * pixels
-        return cols.length(tile_cols) * rows.length(tile_rows) + tile_rows * tile_cols
+        return cols.length(tile_cols) * (context_rows(rows) + strip * rows.step) + strip * tile_cols
 
     tile_cols = cols.count
-    while tile_cols > 64 and entries(min(4, rows.count), tile_cols) > budget:
+    while tile_cols > 64 and entries(tile_cols) > budget:
         tile_cols = -(-tile_cols // (2 * pixels)) * pixels
     vectors = 1
     if problem.format == "nhwc" and source.kind == "same":
-        vectors = max(1, min(total, 4, budget // entries(min(8, rows.count), tile_cols)))
+        vectors = max(1, min(total, 8, budget // entries(tile_cols)))
         vectors = -(-total // -(-total // vectors))
-    tile_rows = rows.count
-    while tile_rows > 1 and entries(tile_rows, tile_cols) * vectors > budget:
-        tile_rows = -(-rows.count // (-(-rows.count // tile_rows) + 1))
-    tiles = problem.n * -(-rows.count // tile_rows) * -(-cols.count // tile_cols)
-    chunks = -(-total // vectors)
+    chunks, col_tiles = -(-total // vectors), -(-cols.count // tile_cols)
+    # Every tile loads the context of its first row again.
+    pieces = max(1, min(_SLICE_TASKS // (problem.n * chunks * col_tiles), rows.count // max(8, 4 * rows.extent)))
+    tile_rows = -(-rows.count // pieces)
+    tiles = problem.n * -(-rows.count // tile_rows) * col_tiles
     slice_bytes = total * (problem.r * problem.s + 1) * source.entry_bytes
     slices = max(1, min(tiles, -(-_SLICE_TASKS // chunks), _PARTIAL_BYTES // slice_bytes))
-    return Tiling(tile_rows, tile_cols, vectors, -(-tiles // slices))
+    return Tiling(tile_rows, tile_cols, min(strip, tile_rows), vectors, -(-tiles // slices))
 
 
 def _row_blocks(rows: Line, sizes: tuple[int, ...], blocks: list[int]) -> tuple[np.ndarray, np.ndarray]:  # type: ignore[type-arg]
@@ -264,14 +285,15 @@ def plan_weight(name: str, problem: ConvProblem, threads: int) -> CpuPlan:
     rows, cols = lines(problem, reduce_columns=problem.format == "nhwc")
     shape = Shape.choose(target, problem.r, problem.s, cols.count, cols.step, cols.spacing)
     tile = tiling(problem, source, (rows, cols), shape.pixels, target)
-    spec = Spec(source, gradient, shape, problem.epilogue.bias)
+    direct = problem.format == "nhwc" and not numeric.converts and not tail and tile.cols == cols.count and cols.count % shape.pixels == 0
+    spec = Spec(source, gradient, shape, problem.epilogue.bias, direct)
     kernel = load(spec.name, target, lambda: emit_weight(spec))
     row_blocks, row_groups = _row_blocks(rows, shape.rows, shape.row_blocks(problem.r))
     col_sizes = shape.col_blocks(problem.s)
     col_starts = np.cumsum([0, *col_sizes[:-1]])
     slack = shape.pixels * (cols.step + 1)
     tables = {
-        "row_table": rows.table(),
+        "row_table": rows.table(rows.step),
         "col_table": cols.table(slack),
         "gradient_rows": np.arange(problem.p, dtype=np.int64),
         "gradient_cols": np.concatenate([np.arange(problem.q, dtype=np.int64), np.full(slack, -1, np.int64)]),
@@ -280,14 +302,20 @@ def plan_weight(name: str, problem: ConvProblem, threads: int) -> CpuPlan:
         "col_blocks": np.array(col_starts, np.int64),
         "col_groups": np.array([sum(shape.columns.index(c) < i for c in col_sizes) for i in range(len(shape.columns) + 1)], np.int64),
     }
-    values = {key: table.ctypes.data for key, table in tables.items()}
     vectors = -(-problem.k // numeric.lanes)
     entry = source.entry_bytes
     tile_cols = -(-tile.cols // shape.pixels) * shape.pixels
-    pitch, gradient_pitch = odd_lines(cols.length(tile_cols) * entry), odd_lines(tile_cols * entry)
-    plane, gradient_plane = odd_lines(pitch * rows.length(tile.rows)), odd_lines(gradient_pitch * tile.rows)
-    gradient_at = plane * tile.vectors + numeric.lanes * entry
-    scratch_bytes = -(-(gradient_at + gradient_plane * tile.vectors + numeric.lanes * entry) // 4096) * 4096 + 64
+    # An odd number of cache lines, so that the pixels of one vector spread over the cache's sets.
+    pixel = (tile.vectors | 1) * entry
+    slack = numeric.lanes if problem.format == "nchw" else 0
+    pitch, gradient_pitch = odd_lines((cols.length(tile_cols) + slack) * pixel), odd_lines((tile_cols + slack) * pixel)
+    strides = image_strides("gradient", problem.format, problem.k, problem.p, problem.q, DTYPES[problem.dtype])
+    ring = context_rows(rows) + tile.strip * rows.step
+    tables["ring_table"] = np.arange(rows.length(rows.count) + rows.step, dtype=np.int64) % ring * pitch
+    tables["gradient_places"] = np.arange(tile.strip, dtype=np.int64) * gradient_pitch
+    values = {key: table.ctypes.data for key, table in tables.items()}
+    gradient_at = pitch * ring
+    scratch_bytes = -(-(gradient_at + (0 if direct else gradient_pitch * tile.strip)) // 4096) * 4096 + 64
     tiles = (problem.n, -(-rows.count // tile.rows), -(-cols.count // tile.cols))
     count = tiles[0] * tiles[1] * tiles[2]
     slices, chunks = -(-count // tile.slice_tiles), -(-vectors // tile.vectors)
@@ -297,13 +325,14 @@ def plan_weight(name: str, problem: ConvProblem, threads: int) -> CpuPlan:
     values |= {
         "tasks": slices * chunks, "chunks": chunks, "chunk": tile.vectors, "tiles": count, "slice_tiles": tile.slice_tiles, "row_tiles": tiles[1],
         "col_tiles": tiles[2], "tile_rows": tile.rows, "tile_cols": tile.cols, "vectors_total": vectors, "lanes_total": problem.k,
-        "multiplier": problem.kg, "scratch_at": scratch_at, "scratch_bytes": scratch_bytes, "gradient_at": gradient_at, "pitch": pitch, "plane": plane,
-        "gradient_pitch": gradient_pitch, "gradient_plane": gradient_plane, "row_step": rows.step, "row_extent": rows.extent, "row_spacing": rows.spacing,
+        "multiplier": problem.kg, "scratch_at": scratch_at, "scratch_bytes": scratch_bytes, "gradient_at": gradient_at, "pixel": pixel, "strip_rows": tile.strip,
+        "gradient_pixel": strides["gradient_channel"] if direct else pixel, "gradient_pitch": strides["gradient_row"] if direct else gradient_pitch,
+        "row_step": rows.step, "row_context": context_rows(rows), "row_spacing": rows.spacing,
         "col_step": cols.step, "col_extent": cols.extent, "inside_first": first, "inside_last": last, "row_count": rows.count, "col_count": cols.count,
         "taps": problem.r * problem.s, "kernel_columns": problem.s, "partial_slice": vectors * partial_vector, "partial_vector": partial_vector,
         "sum_tasks": vectors, "slices": slices,
     }  # fmt: skip
     values |= image_strides("source", problem.format, problem.c, problem.h, problem.w, DTYPES[problem.dtype])
-    values |= image_strides("gradient", problem.format, problem.k, problem.p, problem.q, DTYPES[problem.dtype])
-    facts = {"tile": (tile.rows, tile.cols), "vectors": tile.vectors, "slices": slices, "block": shape.name}
+    values |= strides
+    facts = {"tile": (tile.rows, tile.cols), "strip": tile.strip, "vectors": tile.vectors, "slices": slices, "block": shape.name}
     return CpuPlan(problem, name, kernel, ARGUMENTS.pack(threads, values), tuple(tables.values()), scratch_at + threads * scratch_bytes, facts)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-
 import numpy as np
 import numpy.typing as npt
 
@@ -201,12 +200,12 @@ def build_plan(problem: ConvProblem, target: Target, threads: int, config: Direc
     """Tables, kernel and argument block for a configuration."""
     roles, numeric = Roles(problem), Numeric(problem.dtype, target)
     rows, columns = axes(problem, config.tile, dense=config.layout == "inner")
-    kernel = _kernel(problem, roles, numeric, config, rows, columns)
+    kernel = _kernel(problem, roles, numeric, config, columns)
     size = numeric.compute_bytes
     # Where the source is read in place, the tile's pixels are as far apart as its channels are many, those of other groups included.
     channels = roles.source_channels * (1 if config.packed else problem.g)
     tile = Tile(rows, columns, config.layout, channels, size, pitches(problem, roles.forward))
-    layout = _Layout(problem, roles, numeric, config, kernel, tile, len(columns.phases))
+    layout = _Layout(roles, numeric, config, kernel, tile, len(columns.phases))
     phases = _Phases(problem, roles, layout, tile, rows, columns, size)
     values = _values(problem, roles, numeric, config, layout, tile, phases, rows, columns)
     block = ARGUMENTS.pack(threads, values)
@@ -218,7 +217,7 @@ def build_plan(problem: ConvProblem, target: Target, threads: int, config: Direc
     return CpuPlan(problem, name, load(kernel.name, target, kernel.emit), block, [*tile.tables, *phases.tables, phases.records], workspace_bytes, facts)
 
 
-def _kernel(problem: ConvProblem, roles: Roles, numeric: Numeric, config: DirectConfig, rows: Axis, columns: Axis) -> DirectKernel:
+def _kernel(problem: ConvProblem, roles: Roles, numeric: Numeric, config: DirectConfig, columns: Axis) -> DirectKernel:
     lanes, block = numeric.lanes, config.block
     partial = roles.out_channels % lanes != 0
     channels = config.orientation == "channels"
@@ -239,7 +238,7 @@ def _kernel(problem: ConvProblem, roles: Roles, numeric: Numeric, config: Direct
 class _Layout:
     """A thread's scratch (the tile, then accumulators) and the packed panels."""
 
-    def __init__(self, problem: ConvProblem, roles: Roles, numeric: Numeric, config: DirectConfig, kernel: DirectKernel, tile: Tile, phases: int) -> None:
+    def __init__(self, roles: Roles, numeric: Numeric, config: DirectConfig, kernel: DirectKernel, tile: Tile, phases: int) -> None:
         size, lanes = numeric.compute_bytes, numeric.lanes
         self.start_at = align(tile.bytes + _SLACK) if config.packed else 0
         self.c_at = self.start_at + align(kernel.rows * kernel.vectors * lanes * size)

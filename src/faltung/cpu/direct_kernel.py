@@ -40,8 +40,8 @@ ARGUMENTS = ArgumentBlock(
         "scratch_at", "scratch_size", "start_at", "c_at", "c_channel", "column_advance",
     )
 )  # fmt: skip
-"""Pitches are bytes.  ``wide_panels`` come first, the others are one vector (``channels``) or one
-row (``pixels``) narrower; ``start_at`` is where a thread's scratch has room for one micro-kernel's start values, ``c_at`` and ``c_channel`` place the accumulators in a thread's scratch."""
+"""Pitches are bytes.  ``wide_panels`` come first, the others are one vector (``channels``) or one row (``pixels``) narrower; ``start_at`` is
+where a thread's scratch has room for one micro-kernel's start values, ``c_at`` and ``c_channel`` place the accumulators there."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,8 @@ class DirectKernel:
     def name(self) -> str:
         flags = "".join(letter for letter, set_ in zip("rvmiu", (self.narrow_rows, self.narrow_vectors, self.masked, self.in_place, not self.packed)) if set_)
         tail = f"_{flags}" if flags else ""
-        return f"direct_{self.dtype}_{self.format}_{self.orientation}_{self.layout}_{self.rows}x{self.vectors}_st{self.step}_ph{self.phases}{tail}_{self.target.isa}"
+        block = f"{self.rows}x{self.vectors}_st{self.step}_ph{self.phases}"
+        return f"direct_{self.dtype}_{self.format}_{self.orientation}_{self.layout}_{block}{tail}_{self.target.isa}"
 
     def emit(self) -> str:
         """The module's IR text; its entry point is ``entry``."""
@@ -335,8 +336,8 @@ class _Pixels(_Builder):
                             for v in range(width):
                                 f.store(vector, start_values + (m * width + v) * lanes * size)
                     call_micro(
-                        f, self.micros[rows, width], source=source, panel=panel, c=place, init=f.select(is_first, start_values, place), table=table, count=length,
-                        pitch=f.value(0), c_pitch=c_channel, init_pitch=init_pitch, lanes_last=f.value(lanes),
+                        f, self.micros[rows, width], source=source, panel=panel, c=place, init=f.select(is_first, start_values, place), table=table,
+                        count=length, pitch=f.value(0), c_pitch=c_channel, init_pitch=init_pitch, lanes_last=f.value(lanes),
                     )  # fmt: skip
 
                 split = f.maximum(f.minimum(wide_panels, t["last_panel"]), t["first_panel"])

@@ -15,7 +15,7 @@ from .direct_weight_kernel import ARGUMENTS, DirectWeightKernel
 from .geometry import Axis, axes
 from .plan import CpuPlan
 from .target import Target
-from .tile import Tile, align, pitches, weight_strides
+from .tile import Tile, align, pitches
 from .tiling import Block, choose_block, split_count, tile_candidates, useful_threads
 
 __all__ = ["DIRECT_WEIGHT", "DirectWeight", "WeightConfig", "choose_config"]
@@ -141,7 +141,7 @@ def build_plan(problem: ConvProblem, target: Target, threads: int, config: Weigh
     )  # fmt: skip
     tile = Tile(rows, columns, kernel.layout, config.block_channels, size, pitches(problem, True))
     image_bytes = align(tile.bytes + 64)
-    values, tables = _values(problem, config, numeric, kernel, tile, rows, columns, image_bytes)
+    values, tables = _values(problem, config, numeric, tile, rows, columns, image_bytes)
     panels_at = align(config.tile[0] * image_bytes + _SLACK)
     panel_bytes = values["panel_pixels"] * config.block_panels * config.block.vectors * lanes * size
     sums_at = align(panels_at + panel_bytes + _SLACK)
@@ -157,7 +157,7 @@ def build_plan(problem: ConvProblem, target: Target, threads: int, config: Weigh
 
 
 def _values(
-    problem: ConvProblem, config: WeightConfig, numeric: Numeric, kernel: DirectWeightKernel, tile: Tile, rows: Axis, columns: Axis, image_bytes: int
+    problem: ConvProblem, config: WeightConfig, numeric: Numeric, tile: Tile, rows: Axis, columns: Axis, image_bytes: int
 ) -> tuple[dict[str, int], list[np.ndarray]]:
     """The argument block's values by name, but for the scratch, and the tables they point to."""
     lanes, size, memory = numeric.lanes, numeric.compute_bytes, DTYPES[problem.dtype]

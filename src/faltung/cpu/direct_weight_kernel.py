@@ -36,8 +36,8 @@ ARGUMENTS = ArgumentBlock(
         "p_tiles", "q_tiles", "tile_p", "tile_q", "tile_images", "images", "p", "q", "in_channels", "out_channels", "wide_panels", "panels",
         "x_image", "x_group", "gy_image", "gy_row", "gy_column", "gy_channel", "gy_offsets", "gy_contiguous", "whole_rows",
         "image_bytes", "pixel_offsets", "last_pixel_offsets", "taps", "tap_offsets", "chunk", "partial_at", "partial_part", "partial_block",
-        "partial_tap", "partial_row", "bias_part_at", "bias_part", "bias_group", "has_bias", "scratch_at", "scratch_size", "panels_at", "sums_at", "panel_pixels",
-        "weight_rows", "weight_pitch", "runs", "run_weights", "run_start", "run_pitch", "run_rows", "run_blocks", "column_advance",
+        "partial_tap", "partial_row", "bias_part_at", "bias_part", "bias_group", "has_bias", "scratch_at", "scratch_size", "panels_at", "sums_at",
+        "panel_pixels", "weight_rows", "weight_pitch", "runs", "run_weights", "run_start", "run_pitch", "run_rows", "run_blocks", "column_advance",
     )
 )  # fmt: skip
 """Pitches are bytes.  ``parts`` of ``part_tiles`` tiles each; a tile is ``tile_images`` images by ``tile_p`` rows by ``tile_q`` columns.
@@ -131,7 +131,7 @@ class _Builder:
             if self.kernel.single:
                 pieces = task["runs"] * task["run_blocks"]
                 # Output channels outside: each of them is then written from front to back.
-                f.loop(0, t["out_channels"], self.numeric.lanes, lambda k: f.loop(0, pieces, 1, lambda i: self.finish_block(f, task, t, i, k)) and None)
+                f.loop(0, t["out_channels"], self.numeric.lanes, lambda k: f.loop(0, pieces, 1, lambda i: self.finish_block(f, task, t, i, k)))
                 with f.when(t["wants_bias"]):
                     self.finish_bias(f, task, t)
 

@@ -103,7 +103,7 @@ def _fold_planes(f: Function, task: Task, numeric: Numeric) -> Callable[[Value],
 
             def whole(x: Value) -> None:
                 first, last = f.load_index(touched, x), f.load_index(touched, x + lanes)
-                f.branch((last - first).equals(lanes), lambda: block(x), lambda: f.loop(x, x + lanes, 1, column) and None)
+                f.branch((last - first).equals(lanes), lambda: block(x), lambda: f.loop(x, x + lanes, 1, column))
 
             end = f.integer("and", width, -lanes)
             f.loop(0, end, lanes, whole)

@@ -130,12 +130,12 @@ def axes(problem: ConvProblem, tile: tuple[int, int], *, dense: bool = False) ->
     ``dense``: the columns' axis is dense where that copies no columns in vain (see :class:`Axis`).
     ``grad_input`` ignores the padding mode: for a mode other than zeros it is asked for the gradient of the padded input.
     """
-    left, right, top, bottom = problem.padding
+    left, _, top, _ = problem.padding
     rows = (problem.h, problem.p, problem.r, problem.stride[0], problem.dilation[0], top)
     columns = (problem.w, problem.q, problem.s, problem.stride[1], problem.dilation[1], left)
     mode = problem.padding_mode
     if problem.direction == "grad_input":
-        return _grad_input_axis(*rows, mode, tile[0]), _grad_input_axis(*columns, mode, tile[1])
+        return _grad_input_axis(*rows, tile[0]), _grad_input_axis(*columns, tile[1])
     residues = {tap * problem.dilation[1] % problem.stride[1] for tap in range(problem.s)}
     return _forward_axis(*rows, mode, tile[0]), _forward_axis(*columns, mode, tile[1], dense and len(residues) == problem.stride[1])
 
@@ -148,7 +148,7 @@ def _forward_axis(size: int, outputs: int, kernel: int, stride: int, dilation: i
     return Axis(size, step, outputs, tile, 1, mode, slabs, (Phase(0, outputs, taps),), advance)
 
 
-def _grad_input_axis(size: int, outputs: int, kernel: int, stride: int, dilation: int, before: int, mode: str, tile: int) -> Axis:
+def _grad_input_axis(size: int, outputs: int, kernel: int, stride: int, dilation: int, before: int, tile: int) -> Axis:
     """Input index ``h = start + i * stride`` is reached by tap ``t`` from output ``(h + before - t * dilation) / stride``, where whole."""
     found: list[list[tuple[int, int]]] = []
     for start in range(min(stride, size)):

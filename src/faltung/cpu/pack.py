@@ -215,7 +215,7 @@ def _pack_pixels(f: Function, a: Arguments, numeric: Numeric, step: int) -> None
                 f.branch(
                     dense,
                     lambda: copy_run(f, numeric, first, target + start * pixel, (stop - start) * channels),
-                    lambda: f.loop(start, stop, 1, border) and None,
+                    lambda: f.loop(start, stop, 1, border),
                 )
                 f.loop(stop, slab["length"], 1, border)
 
@@ -294,7 +294,12 @@ def emit_pack_panel(module: Module, numeric: Numeric) -> Function:
             return [pointer]
 
         (rest,) = f.loop(0, whole, 4, four, [source])
-        f.loop(whole, limit, 1, lambda j, pointer: [(f.store(numeric.load(f, pointer, 1), target + j * size), pointer + pitch)[1]], [rest])
+
+        def one(j: Value, pointer: Value) -> list[Value]:
+            f.store(numeric.load(f, pointer, 1), target + j * size)
+            return [pointer + pitch]
+
+        f.loop(whole, limit, 1, one, [rest])
 
     def by_rows() -> None:
         def line(t: Value) -> None:

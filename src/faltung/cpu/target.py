@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-
-__all__ = ["TARGETS", "Target", "host_target", "runnable_targets", "target"]
+__all__ = ["TARGETS", "Target", "host_target", "runnable_targets", "target", "use_target"]
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ def host_target() -> Target:
     if wanted is not None and wanted not in names:
         raise ValueError(f"FALTUNG_ISA must be one of {', '.join(names)} on this machine; got {wanted!r}")
     base = TARGETS[wanted or names[0]]
-    cpu, features = (base.cpu, base.features) if wanted not in (None, names[0]) else host_cpu(base)
+    cpu, features = (base.cpu, base.features) if wanted not in (None, names[0]) else host_cpu()
     return Target(
         base.isa, base.triple, cpu, features, base.vector_bytes, base.registers, base.fma, base.masks, base.half,
         l1=_cache_bytes(1, base.l1), l2=_cache_bytes(2, base.l2),
@@ -120,21 +121,16 @@ def target() -> Target:
     return _override[-1] if _override else host_target()
 
 
-class use_target:
+@contextmanager
+def use_target(value: str | Target) -> Iterator[Target]:
     """``with use_target("avx2"):`` plans made inside are for that target (by name, or a :class:`Target`).  For tests; not thread-safe."""
+    from .. import dispatch
 
-    def __init__(self, value: str | Target) -> None:
-        self._value = TARGETS[value] if isinstance(value, str) else value
-
-    def __enter__(self) -> Target:
-        from .. import dispatch
-
-        dispatch.clear()
-        _override.append(self._value)
-        return self._value
-
-    def __exit__(self, *_: object) -> None:
-        from .. import dispatch
-
+    chosen = TARGETS[value] if isinstance(value, str) else value
+    dispatch.clear()
+    _override.append(chosen)
+    try:
+        yield chosen
+    finally:
         _override.pop()
         dispatch.clear()

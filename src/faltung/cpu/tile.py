@@ -64,9 +64,10 @@ class Tile:
         self.pixel = self.column * columns.advance
         self.row_table = np.where(rows.table >= 0, rows.table * source[2], -1)
         starts = columns.scratch_starts
+        length = columns.entries(columns.tile)
         self.slab_table = np.array(
             [
-                (columns.table_start(i), starts[i] if self.inner else i * self.slab, columns.entries(columns.tile) + slab.extent, *columns.interior(i), slab.offset)
+                (columns.table_start(i), starts[i] if self.inner else i * self.slab, length + slab.extent, *columns.interior(i), slab.offset)
                 for i, slab in enumerate(columns.slabs)
             ],
             dtype=np.int64,

@@ -93,7 +93,11 @@ def _gathers(f: Function, numeric: Numeric) -> dict[tuple[bool, str], Callable[[
         """(k, r, s, c): for each tap a square of channels."""
 
         def tap(t: Value) -> None:
-            loaded = [f.load(p + t * f["tap_pitch"], numeric.vector) for p in pointers(base, f["lane_pitch"])]
+            loaded = []
+            for p in pointers(base, f["lane_pitch"]):
+                place = p + t * f["tap_pitch"]
+                loaded.append(f.load(place, numeric.vector))
+                f.prefetch(place + 64, 3)  # the next block's: lines this far apart are out of the hardware's sight
             for j, vector in enumerate(f.transpose(loaded)):
                 f.store(vector, f["scratch"] + (t + j * _TAPS) * vector_bytes)
 
@@ -105,6 +109,8 @@ def _gathers(f: Function, numeric: Numeric) -> dict[tuple[bool, str], Callable[[
         def reduced(i: Value) -> None:
             source = base + i * f["reduced_pitch"]
             target = f["scratch"] + i * (_TAPS * vector_bytes)
+            for line in range(_TAPS * vector_bytes // 64):
+                f.prefetch(source + (_TAPS * vector_bytes + line * 64), 2)  # the same of the next vector of output channels
             done = 0
             while done < _TAPS:
                 some = min(lanes, _TAPS - done)

@@ -16,10 +16,10 @@ from .winograd_transform import Algorithm, emit_input_1d, transform_2d
 __all__ = ["INPUT_ARGUMENTS", "STRIP_TILES", "channel_start", "emit_input", "strip_bytes", "tile_rows"]
 
 INPUT_ARGUMENTS = (
-    "tiles_p", "tiles_q", "source_channels", "source_image", "source_channel", "source_row", "source_width", "column_before",
+    "tiles_p", "tiles_q", "source_channels", "source_image", "source_channel", "source_row", "source_column", "source_width", "column_before",
     "row_table", "column_table", "zeros",
 )  # fmt: skip
-"""Tiles of one image; channels; byte pitches of the source's images, channels and rows; its columns; padded columns before it; tables of
+"""Tiles of one image; channels; byte pitches of the source's images, channels, rows and columns; its columns; padded columns before it; tables of
 row byte offsets and of columns (byte offsets for nhwc, indices for nchw), -1 for zero; the address of zeros, one for each channel."""
 
 STRIP_TILES = 16  # neighbouring tiles of an image that nchw transposes at once
@@ -70,9 +70,9 @@ def _transform(f: Function, numeric: Numeric, algorithm: Algorithm, pixel: Calla
 def _from_nhwc(f: Function, a: Arguments, numeric: Numeric, algorithm: Algorithm) -> None:
     """::
 
-        for row of tiles, tile:
-            addresses of its n x n pixels             (n vectors of n addresses; that of zeros outside the image)
-            for vector of channels: transform
+    for row of tiles, tile:
+        addresses of its n x n pixels             (n vectors of n addresses; that of zeros outside the image)
+        for vector of channels: transform
     """
     n, m, lanes, size = algorithm.n, algorithm.m, numeric.lanes, numeric.compute_bytes
     channels, row_table, column_table, zeros = a["source_channels"], a.table("row_table"), a.table("column_table"), a["zeros"]
@@ -114,9 +114,9 @@ def _from_nhwc(f: Function, a: Arguments, numeric: Numeric, algorithm: Algorithm
 def _from_nchw(f: Function, a: Arguments, numeric: Numeric, algorithm: Algorithm) -> None:
     """::
 
-        for row of tiles, strip of STRIP_TILES of them, vector of channels:
-            transpose n rows of the strip's columns into scratch [row][column][lane]
-            for tile of the strip: transform
+    for row of tiles, strip of STRIP_TILES of them, vector of channels:
+        transpose n rows of the strip's columns into scratch [row][column][lane]
+        for tile of the strip: transform
     """
     n, m, lanes, size = algorithm.n, algorithm.m, numeric.lanes, numeric.compute_bytes
     channels, row_table = a["source_channels"], a.table("row_table")

@@ -52,9 +52,9 @@ def _transform(f: Function, numeric: Numeric, algorithm: Algorithm, source: Valu
 def _to_nhwc(f: Function, a: Arguments, numeric: Numeric, algorithm: Algorithm) -> None:
     """::
 
-        for row of tiles, tile:
-            addresses of its m x m pixels             (that of scratch outside the image)
-            for vector of channels: transform
+    for row of tiles, tile:
+        addresses of its m x m pixels             (that of scratch outside the image)
+        for vector of channels: transform
     """
     m, lanes, size = algorithm.m, numeric.lanes, numeric.compute_bytes
     height, width, out_row, out_column, out_image = a["out_height"], a["out_width"], a["out_row"], a["out_column"], a["out_image"]
@@ -94,9 +94,9 @@ def _to_nhwc(f: Function, a: Arguments, numeric: Numeric, algorithm: Algorithm) 
 def _to_nchw(f: Function, a: Arguments, numeric: Numeric, algorithm: Algorithm) -> None:
     """::
 
-        for row of tiles, strip of STRIP_TILES of them, vector of channels:
-            for tile of the strip: transform into scratch [row][column][lane]
-            transpose m rows of the strip's columns into the output
+    for row of tiles, strip of STRIP_TILES of them, vector of channels:
+        for tile of the strip: transform into scratch [row][column][lane]
+        transpose m rows of the strip's columns into the output
     """
     m, lanes, size = algorithm.m, numeric.lanes, numeric.compute_bytes
     height, width, out_row, out_image, out_channel = a["out_height"], a["out_width"], a["out_row"], a["out_image"], a["out_channel"]
@@ -150,7 +150,12 @@ def _emit_unpack_row(module: Module, numeric: Numeric) -> Function:
         return result
 
     whole = f.integer("and", f["count"], -lanes)
-    f.loop(0, whole, lanes, lambda x: [f.store(vector, place) for vector, place in rows(x)] and None)
+
+    def block(x: Value) -> None:
+        for vector, place in rows(x):
+            f.store(vector, place)
+
+    f.loop(0, whole, lanes, block)
     if numeric.target.masks:
         with f.when(whole < f["count"]):
             mask = f.lane_mask(f["count"] - whole, lanes)

@@ -15,6 +15,7 @@ smaller, at the same number of operations; every coefficient of ``B^T`` and ``A^
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -22,7 +23,7 @@ from functools import cached_property, lru_cache
 
 from ..codegen.emit import Function, Value
 
-__all__ = ["ERROR_LIMIT", "F2", "F4", "Algorithm", "emit_filter_1d", "emit_input_1d", "emit_output_1d", "transform_2d"]
+__all__ = ["ERROR_LIMIT", "F2", "F4", "Algorithm", "emit_filter_1d", "emit_input_1d", "emit_output_1d", "reduction_piece", "transform_2d"]
 
 Transform1d = Callable[[Function, "Algorithm", Sequence[Value], bool], list[Value]]
 Matrix = tuple[tuple[Fraction, ...], ...]
@@ -82,22 +83,24 @@ class Algorithm:
     def error_bound(self, channels: int) -> float:
         """Bound on the relative L2 error of an output for operands of independent entries, reduced over ``channels``.
 
-        Rounding errors are taken as independent, of variance ``u^2 / 3`` relative to what is rounded (Higham and Mary, 2019).  With unit-variance
-        operands the entry (i, j) of V has the variance ``b_i b_j`` (squared row norms of ``B^T``), that of U ``g_i g_j``.  The sum over the
-        channels errs by ``u^2/3 * sum_c c * b_i b_j g_i g_j`` (partial sums grow), each factor by ``t u^2/3`` for about ``t`` roundings of a
-        transform, weighed with the coefficients' magnitudes; ``A`` passes the errors on with its squared column norms.  The true output has
-        the variance ``9 channels``.  Three times the square root of the ratio is the bound; measured errors are below half of it.
+        Rounding errors are taken as independent, of variance ``u^2 / 3`` relative to what is rounded (Higham and Mary, 2019).  With
+        unit-variance operands the entry (i, j) of V has the variance ``b_i b_j`` (squared row norms of ``B^T``), that of U ``g_i g_j``.  The
+        sum over a piece of the channels errs by ``u^2/3 * sum_c c * b_i b_j g_i g_j`` (partial sums grow), that of the pieces likewise, each
+        factor by ``t u^2/3`` for about ``t`` roundings of a transform, weighed with the coefficients' magnitudes; ``A`` passes the errors on
+        with its squared column norms.  The true output has the variance ``9 channels``.  Three times the square root of the ratio is the bound.
         """
         absolute = [sum(abs(x) for x in row) for row in self.input_matrix]
         squares = [float(sum(x * x for x in row)) for row in self.input_matrix]
         spread = [float(a * a) / s for a, s in zip(absolute, squares)]
         filters = [float(sum(x * x for x in row)) for row in self.filter_matrix]
         columns = [float(sum(row[j] ** 2 for row in self.output_matrix)) / self.m for j in range(self.n)]
+        piece = reduction_piece(channels)
+        pieces = -(-channels // piece)
         total = 0.0
         for i in range(self.n):
             for j in range(self.n):
                 signal = squares[i] * squares[j] * filters[i] * filters[j] * columns[i] * columns[j]
-                accumulate = channels * (channels + 1) / 2
+                accumulate = channels * (piece + 1) / 2 + piece * pieces * (pieces + 1) / 2
                 transforms = channels * (4 + spread[i] + spread[j])
                 output = channels * 2 * math.log2(2 * self.n)
                 total += signal * (accumulate + transforms + output)
@@ -106,6 +109,12 @@ class Algorithm:
 
 F4 = Algorithm(4, (Fraction(3, 4), Fraction(3, 2)))
 F2 = Algorithm(2, (Fraction(1),))
+
+
+def reduction_piece(channels: int) -> int:
+    """Channels that are summed before the sum is added to the total (the last piece takes the rest): about 64, so a panel stays in the
+    first-level cache.  It depends on nothing else, since it decides the bits."""
+    return channels // max(1, (channels + 32) // 64)
 
 
 def _product(roots: Sequence[Fraction]) -> list[Fraction]:
@@ -123,6 +132,11 @@ def _even_product(pairs: tuple[Fraction, ...]) -> tuple[Fraction, ...]:
     return tuple(_product([p * p for p in pairs]))
 
 
+def _constant(f: Function, number: Fraction, type_: str) -> Value:
+    """The float32 nearest to ``number``."""
+    return f.constant(struct.unpack("f", struct.pack("f", float(number)))[0], type_)
+
+
 def _horner(f: Function, terms: Sequence[tuple[Fraction, Value]], fused: bool) -> Value:
     """``sum coefficient * value``; the last term has the coefficient 1."""
     *rest, (one, result) = terms
@@ -133,7 +147,7 @@ def _horner(f: Function, terms: Sequence[tuple[Fraction, Value]], fused: bool) -
         elif coefficient == -1:
             result = f.fsub(result, value)
         else:
-            result = f.fma(f.constant(float(coefficient), value.type), value, result, fused)
+            result = f.fma(_constant(f, coefficient, value.type), value, result, fused)
     return result
 
 
@@ -141,7 +155,7 @@ def _scaled_pair(f: Function, even: Value, odd: Value, scale: Fraction, fused: b
     """``even + scale * odd`` and ``even - scale * odd``."""
     if scale == 1:
         return f.fadd(even, odd), f.fsub(even, odd)
-    plus, minus = f.constant(float(scale), odd.type), f.constant(-float(scale), odd.type)
+    plus, minus = _constant(f, scale, odd.type), _constant(f, -scale, odd.type)
     return f.fma(plus, odd, even, fused), f.fma(minus, odd, even, fused)
 
 
@@ -165,7 +179,7 @@ def emit_filter_1d(f: Function, algorithm: Algorithm, g: Sequence[Value], fused:
     type_ = g[0].type
 
     def scaled(value: Value, factor: Fraction) -> Value:
-        return value if factor == 1 else f.fmul(value, f.constant(float(factor), type_))
+        return value if factor == 1 else f.fmul(value, _constant(f, factor, type_))
 
     result = [scaled(g[0], algorithm.weight(Fraction(0)))]
     for p in algorithm.pairs:
@@ -187,11 +201,11 @@ def emit_output_1d(f: Function, algorithm: Algorithm, m: Sequence[Value], fused:
         for p, part in zip(algorithm.pairs, differences if i % 2 else sums):
             factor = p**i
             if value is None:
-                value = part if factor == 1 else f.fmul(part, f.constant(float(factor), part.type))
+                value = part if factor == 1 else f.fmul(part, _constant(f, factor, part.type))
             elif factor == 1:
                 value = f.fadd(value, part)
             else:
-                value = f.fma(f.constant(float(factor), part.type), part, value, fused)
+                value = f.fma(_constant(f, factor, part.type), part, value, fused)
         assert value is not None
         result.append(value)
     return result

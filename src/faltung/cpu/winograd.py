@@ -1,0 +1,202 @@
+"""Winograd convolution, 3x3 with stride 1 in float32: forward and grad_input."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import numpy.typing as npt
+
+from .. import config as options
+from ..codegen.load import load
+from ..codegen.numeric import Numeric
+from ..dispatch import Unsupported
+from ..problem import ConvProblem
+from . import target as targets
+from .direct import choose_config as direct_config
+from .geometry import padded_index
+from .plan import CpuPlan
+from .target import Target
+from .winograd_filter import filter_scratch_bytes
+from .winograd_input import strip_bytes
+from .winograd_kernel import ARGUMENTS, LINE, WinogradKernel
+from .winograd_output import output_scratch_bytes
+from .winograd_tiling import Roles, WinogradConfig, choose_config, direct_cycles
+from .winograd_transform import ERROR_LIMIT, F2, F4, Algorithm
+
+__all__ = ["WINOGRAD", "Winograd", "build_plan"]
+
+_SLACK = 1024
+_Tables = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.float32]]
+_REPRODUCIBLE_BATCH = 8  # the batch that the choice of algorithm is made for where it must not depend on the batch
+
+
+def refusal(problem: ConvProblem, target: Target) -> str | None:
+    """Why Winograd's algorithm does not apply, or None."""
+    lanes = max(16, target.lanes("float"))
+    if problem.direction == "grad_weight":
+        return "forward and grad_input only"
+    if (problem.r, problem.s) != (3, 3) or problem.stride != (1, 1) or problem.dilation != (1, 1):
+        return "3x3 kernels with stride 1 and dilation 1 only"
+    if problem.g != 1:
+        return "one group only"
+    if problem.dtype != "f32":
+        return "float32 only: the transforms' rounding is within its bound there"
+    if min(problem.c, problem.k) < lanes:
+        return f"fewer than {lanes} channels: the transforms cost more than they save"
+    if problem.direction == "grad_input" and problem.padding_mode != "zeros":
+        return "grad_input in this padding mode is padded_grad_input's"
+    if options.current().precision == "strict":
+        return "precision is strict"
+    if problem.empty:
+        return "nothing to compute"
+    return None
+
+
+class _Layout:
+    """Sizes and places in memory, all in bytes."""
+
+    def __init__(self, roles: Roles, numeric: Numeric, config: WinogradConfig, kernel: WinogradKernel, threads: int) -> None:
+        algorithm = config.algorithm
+        points, size, vector = algorithm.n**2, numeric.compute_bytes, numeric.lanes * numeric.compute_bytes
+        source, out = roles.source_channels, roles.out_channels
+        height, width = roles.out_size
+        self.tiles_p, self.tiles_q = -(-height // algorithm.m), -(-width // algorithm.m)
+        self.tiles = roles.problem.n * self.tiles_p * self.tiles_q
+        self.blocks = -(-self.tiles // config.tiles)
+        out_vectors = -(-out // numeric.lanes)
+        self.panels = -(-out_vectors // config.vectors)
+        self.wide_panels = out_vectors - self.panels * (config.vectors - 1) if kernel.narrow else self.panels
+        self.pieces = max(1, source // config.piece)
+        run_over = config.tiles + config.rows
+        self.v_pitch = _align(source * size) + LINE
+        self.v_point = _odd_lines(run_over * self.v_pitch)
+        self.m_point = _odd_lines(run_over * config.vectors * vector)
+        v, m = points * self.v_point + _SLACK, points * self.m_point
+        longest = source - (self.pieces - 1) * config.piece
+        u_piece = points * (longest * config.vectors * vector + LINE)
+        u = points * (source * out_vectors * vector + self.panels * LINE) + _SLACK
+        strip = max(
+            strip_bytes(algorithm, numeric), output_scratch_bytes(algorithm, numeric, config.vectors, roles.problem.format), filter_scratch_bytes(numeric)
+        )
+        tiles_first = config.order == "tiles"
+        self.m_at = _align(v if tiles_first else u_piece + _SLACK) + 5 * LINE
+        self.strip_at = _align(self.m_at + m) + 3 * LINE
+        self.scratch_size = _page(self.strip_at + strip + _SLACK) + 9 * LINE
+        self.v_block = v
+        self.shared = u if tiles_first else self.blocks * v
+        self.scratch_at = _page(self.shared + _SLACK)
+        self.workspace = self.scratch_at + threads * self.scratch_size
+
+
+def _align(value: int) -> int:
+    return -(-value // LINE) * LINE
+
+
+def _odd_lines(value: int) -> int:
+    """An odd number of cache lines: the points of a tile fall into different sets."""
+    return (-(-value // LINE) | 1) * LINE
+
+
+def _page(value: int) -> int:
+    return -(-value // 4096) * 4096
+
+
+def build_plan(problem: ConvProblem, target: Target, threads: int, config: WinogradConfig, name: str) -> CpuPlan:
+    """The plan with the given configuration."""
+    roles, numeric = Roles(problem), Numeric("f32", target)
+    lanes = numeric.lanes
+    narrow = -(-roles.out_channels // lanes) % config.vectors != 0
+    formats = problem.format, problem.weight_format
+    kernel = WinogradKernel(target, config.algorithm.m, *formats, not roles.forward, config.order, config.rows, config.vectors, narrow)
+    layout = _Layout(roles, numeric, config, kernel, threads)
+    tables = _tables(roles, config.algorithm, layout)
+    values = _values(roles, config, layout, tables)
+    facts = {
+        "tile": f"{config.algorithm.m}x{config.algorithm.m}", "order": config.order, "block_tiles": config.tiles, "blocks": layout.blocks,
+        "predicted_cycles": config.cycles, "error_bound": config.algorithm.error_bound(roles.source_channels),
+    }  # fmt: skip
+    return CpuPlan(problem, name, load(kernel.name, target, kernel.emit), ARGUMENTS.pack(threads, values), tables, layout.workspace, facts)
+
+
+def _tables(roles: Roles, algorithm: Algorithm, layout: _Layout) -> _Tables:
+    """Byte offsets of rows; byte offsets (nhwc) or indices (nchw) of columns, -1 for zero, with entries to read past the end; zeros."""
+    (height, width), (above, left), channels = roles.source_size, roles.before, roles.source_channels
+    nhwc = roles.problem.format == "nhwc"
+    rows = padded_index(np.arange(layout.tiles_p * algorithm.m + 8, dtype=np.int64) - above, height, roles.padding_mode)
+    columns = padded_index(np.arange(layout.tiles_q * algorithm.m + 8, dtype=np.int64) - left, width, roles.padding_mode)
+    row_pitch = width * 4 * (channels if nhwc else 1)
+    row_table = np.where(rows >= 0, rows * row_pitch, -1)
+    column_table = np.where(columns >= 0, columns * 4 * channels, -1) if nhwc else columns
+    return row_table, column_table, np.zeros(max(channels, roles.out_channels) + 64, np.float32)
+
+
+def _values(roles: Roles, config: WinogradConfig, layout: _Layout, tables: _Tables) -> dict[str, int]:
+    """The argument block's values by name."""
+    problem = roles.problem
+    (height, width), (out_height, out_width) = roles.source_size, roles.out_size
+    source, out = roles.source_channels, roles.out_channels
+    nhwc = problem.format == "nhwc"
+    # Bytes from column to column of source and output; a row is that many times the columns in both formats.
+    source_column, out_column = 4 * (source if nhwc else 1), 4 * (out if nhwc else 1)
+    plane = out_height * out_width * 4
+    if problem.weight_format == "nchw":
+        k_pitch, c_pitch, tap_pitch = problem.c * 9 * 4, 9 * 4, 4
+    else:
+        k_pitch, c_pitch, tap_pitch = problem.c * 9 * 4, 4, problem.c * 4
+    tiles_first = config.order == "tiles"
+    share_panels = -(-layout.panels // config.shares)
+    shares = -(-layout.panels // share_panels)
+    input_pieces = -(-config.tiles // config.input_tiles)
+    return {
+        "tiles_p": layout.tiles_p, "tiles_q": layout.tiles_q, "source_channels": source, "source_image": source * height * width * 4,
+        "source_channel": height * width * 4, "source_row": width * source_column, "source_column": source_column, "source_width": width,
+        "column_before": roles.before[1],
+        "row_table": tables[0].ctypes.data, "column_table": tables[1].ctypes.data, "zeros": tables[2].ctypes.data,
+        "out_height": out_height, "out_width": out_width, "out_image": out * plane, "out_channel": 4 if nhwc else plane,
+        "out_row": out_width * out_column, "out_column": out_column,
+        "filter_tasks": layout.panels * layout.pieces, "input_tasks": layout.blocks * input_pieces,
+        "tasks": layout.blocks * (shares if tiles_first else layout.panels), "tiles": layout.tiles, "block_tiles": config.tiles,
+        "input_pieces": input_pieces, "piece_tiles": config.input_tiles, "shares": shares, "share_panels": share_panels, "panels": layout.panels,
+        "wide_panels": layout.wide_panels, "out_channels": out, "reduced_pieces": layout.pieces, "reduced_piece": config.piece, "chunk": config.chunk,
+        "reduced_pitch": c_pitch if roles.forward else k_pitch, "lane_pitch": k_pitch if roles.forward else c_pitch, "tap_pitch": tap_pitch,
+        "has_bias": int(problem.epilogue.bias and roles.forward), "v_point": layout.v_point, "v_pitch": layout.v_pitch, "v_block": layout.v_block,
+        "m_point": layout.m_point, "u_at": 0, "v_at": 0, "scratch_at": layout.scratch_at, "scratch_size": layout.scratch_size,
+        "m_at": layout.m_at, "strip_at": layout.strip_at,
+    }  # fmt: skip
+
+
+class Winograd:
+    """The implementation named ``winograd``."""
+
+    name = "winograd"
+
+    def plan(self, problem: ConvProblem, threads: int) -> CpuPlan:
+        """A plan for forward or grad_input; raises :class:`Unsupported` where the algorithm does not apply or direct convolution is predicted faster."""
+        target = targets.target()
+        reason = refusal(problem, target)
+        if reason is not None:
+            raise Unsupported(reason)
+        roles = Roles(problem)
+        allowed = tuple(a for a in (F4, F2) if a.error_bound(roles.source_channels) <= ERROR_LIMIT)
+        if not allowed:
+            raise Unsupported(f"the error bound over {roles.source_channels} channels is above {ERROR_LIMIT:g}")
+        allowed = _faster_than_direct(problem, target, threads, allowed)
+        return build_plan(problem, target, threads, choose_config(problem, target, threads, allowed), self.name)
+
+
+def _faster_than_direct(problem: ConvProblem, target: Target, threads: int, allowed: tuple[Algorithm, ...]) -> tuple[Algorithm, ...]:
+    """The algorithm predicted to be fastest; raises :class:`Unsupported` where that is the direct one.
+
+    Everything but this choice leaves the bits as they are; where results must be reproducible it depends on neither batch size nor threads.
+    """
+    if options.current().reproducible:
+        problem, threads = replace(problem, n=_REPRODUCIBLE_BATCH), 1
+    best = choose_config(problem, target, threads, allowed)
+    direct = direct_cycles(problem, direct_config(problem, target, threads).cycles, threads)
+    if options.current().implementation != "winograd" and best.cycles > direct:
+        raise Unsupported(f"direct convolution is predicted to be faster ({direct:.3g} cycles; {best.algorithm.name} {best.cycles:.3g})")
+    return (best.algorithm,)
+
+
+WINOGRAD = Winograd()

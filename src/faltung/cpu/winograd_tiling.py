@@ -1,0 +1,198 @@
+"""Sizes of Winograd convolution, and its predicted cost, as pure functions of the problem and the target."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from ..problem import ConvProblem
+from .target import Target
+from .tiling import split_count, step_cycles
+from .winograd_gemm import gemm_rows
+from .winograd_transform import Algorithm, reduction_piece
+
+__all__ = ["Roles", "WinogradConfig", "candidates", "choose_config", "direct_cycles", "panel_vectors"]
+
+_CALL_CYCLES = 60.0  # of one call of the GEMM: arguments, start of the pipeline
+_NEAR_BYTES = 40.0  # a cycle, from the second-level cache
+_READ_BYTES = 30.0  # a cycle, streamed from the third-level cache during the products
+_WRITE_BYTES = 8.0  # a cycle, to the third-level cache and back into the second
+_MEMORY_BYTES = 4.0  # a cycle, from memory, where a matrix does not fit the caches
+_WEIGHT_BYTES = 3.0  # a cycle, of direct convolution's weights: read, packed, read again
+_SHARED_CACHE = 24 << 20
+_TASK_CYCLES = 400.0
+_FORK_CYCLES = 6000.0
+_TRANSFORM_CYCLES = {"input": 5.3, "output": 4.2, "filter": 4.0}
+"""Cycles a point, for one vector of one tile (input, output) or of one row of filters: bound by moving V, M and U between the first two caches."""
+_NCHW_CYCLES = 5.0  # a pixel of one vector: the transpositions
+
+
+@dataclass(frozen=True)
+class Roles:
+    """A problem as a correlation with stride 1: grad_input reads the gradient of y with the filters turned and their channels exchanged."""
+
+    problem: ConvProblem
+
+    @property
+    def forward(self) -> bool:
+        return self.problem.direction == "forward"
+
+    @property
+    def source_channels(self) -> int:
+        return self.problem.c if self.forward else self.problem.k
+
+    @property
+    def out_channels(self) -> int:
+        return self.problem.k if self.forward else self.problem.c
+
+    @property
+    def source_size(self) -> tuple[int, int]:
+        return (self.problem.h, self.problem.w) if self.forward else (self.problem.p, self.problem.q)
+
+    @property
+    def out_size(self) -> tuple[int, int]:
+        return (self.problem.p, self.problem.q) if self.forward else (self.problem.h, self.problem.w)
+
+    @property
+    def before(self) -> tuple[int, int]:
+        """Padded rows above and columns left of the source."""
+        left, _, top, _ = self.problem.padding
+        return (top, left) if self.forward else (2 - top, 2 - left)
+
+    @property
+    def padding_mode(self) -> str:
+        return self.problem.padding_mode if self.forward else "zeros"
+
+
+@dataclass(frozen=True)
+class WinogradConfig:
+    """One way to compute: algorithm, order of the loops, tiles of a block, accumulators, panels' shares, pieces of the reduction.
+
+    ``chunk``: channels of a piece of the sums; ``piece``: channels that the filter transform works on at once; ``input_tiles``: tiles of a task
+    of the input stage (order ``filters``).  ``cycles`` is the prediction, of the thread that is busy longest.
+    """
+
+    algorithm: Algorithm
+    order: str
+    tiles: int
+    rows: int
+    vectors: int
+    shares: int
+    chunk: int
+    piece: int
+    input_tiles: int
+    cycles: float = math.inf
+
+
+def panel_vectors(total: int, largest: int, partial: bool) -> int:
+    """Vectors of a panel: at most ``largest``, such that ``total`` splits into panels of as many and one fewer.
+
+    ``partial``: the last vector is partial; it begins early to avoid a mask, so its panel needs another vector before it.
+    """
+    for vectors in range(min(largest, total), 1, -1):
+        panels = -(-total // vectors)
+        if panels * vectors - total <= panels and (vectors > 2 or total % vectors == 0 or not partial):
+            return vectors
+    return 1
+
+
+def choose_config(problem: ConvProblem, target: Target, threads: int, allowed: tuple[Algorithm, ...]) -> WinogradConfig:
+    """The configuration predicted to be fastest."""
+    return min((c for algorithm in allowed for c in candidates(problem, target, threads, algorithm)), key=lambda c: c.cycles)
+
+
+def direct_cycles(problem: ConvProblem, cycles: float, threads: int) -> float:
+    """Cycles of direct convolution from its own prediction (of all cores), and the way of its packed weights through memory."""
+    return cycles / threads + problem.c * problem.k * 9 * 4 / _WEIGHT_BYTES
+
+
+def _tile_count(roles: Roles, algorithm: Algorithm) -> int:
+    height, width = roles.out_size
+    return roles.problem.n * -(-height // algorithm.m) * -(-width // algorithm.m)
+
+
+def _even(total: int, size: int, threads: int) -> int:
+    """A size of blocks at most about ``size`` that shares ``total`` out evenly among the threads."""
+    blocks = -(-total // size)
+    if blocks < 8 * threads:
+        blocks = -(-blocks // threads) * threads
+    return -(-total // max(1, blocks))
+
+
+def candidates(problem: ConvProblem, target: Target, threads: int, algorithm: Algorithm) -> Iterator[WinogradConfig]:
+    """Configurations worth a prediction."""
+    roles = Roles(problem)
+    lanes = target.lanes("float")
+    tiles, points = _tile_count(roles, algorithm), algorithm.n**2
+    total_vectors = -(-roles.out_channels // lanes)
+    most = 4 if target.registers > 16 else 3
+    source = roles.source_channels
+    chunk = reduction_piece(source)
+    for largest in range(most, 1, -1):
+        vectors = panel_vectors(total_vectors, largest, roles.out_channels % lanes != 0)
+        if largest not in {vectors, most}:
+            continue
+        width = vectors * lanes
+        rows = gemm_rows(target.registers, vectors)
+        sizes = {target.l2 * 3 // 5 // (points * 4 * (source + 16 + width)), target.l2 * 3 // 5 // (points * 4 * width) * 4 // 5}
+        panels = -(-total_vectors // vectors)
+        for size in sorted({min(tiles, max(rows, s)) for s in sizes} | {min(tiles, 16)}):
+            for shares in sorted({1, min(panels, threads), panels}):
+                base = WinogradConfig(algorithm, "tiles", _even(tiles, size, threads if shares == 1 else 1), rows, vectors, shares, chunk, 16, 4)
+                yield replace(base, cycles=predict(problem, target, threads, base))
+        block = _even(tiles, min(tiles, max(rows, target.l2 * 3 // 5 // (points * 4 * width))), 1)
+        base = WinogradConfig(algorithm, "filters", block, rows, vectors, 1, chunk, chunk, max(1, min(4, block)))
+        yield replace(base, cycles=predict(problem, target, threads, base))
+
+
+def predict(problem: ConvProblem, target: Target, threads: int, config: WinogradConfig) -> float:
+    """Cycles until the last thread is done: work of a task, times tasks of the busiest thread, and what the stages before cost."""
+    roles, algorithm = Roles(problem), config.algorithm
+    lanes, points = target.lanes("float"), algorithm.n**2
+    source, out = -(-roles.source_channels // lanes), -(-roles.out_channels // lanes)
+    tiles = _tile_count(roles, algorithm)
+    blocks = -(-tiles // config.tiles)
+    panels = -(-out // config.vectors)
+    groups, narrow = -(-config.tiles // config.rows), 0
+    narrow = max(0, min(groups, split_count(config.tiles, config.rows)[1]))
+    wide_panels = max(0, out - panels * (config.vectors - 1)) if out % config.vectors else panels
+    # Half the vector width has half the work a point: the transforms' loads and stores cost the same a line.
+    slow = 1.0 if target.fma else 1.5
+    pieces = roles.source_channels // config.chunk
+
+    def product(vectors: int, count: int) -> float:
+        """One panel's products for a block of tiles."""
+        steps = (groups - narrow) * step_cycles(config.rows, vectors) + narrow * step_cycles(max(1, config.rows - 1), vectors)
+        calls = groups * pieces * (_CALL_CYCLES + 3.0 * config.rows * vectors)
+        return count * points * slow * (steps * 1.05 * roles.source_channels + calls)
+
+    gemm = product(config.vectors, wide_panels) + product(max(1, config.vectors - 1), panels - wide_panels)
+    transpose = (algorithm.n * algorithm.m * 0.75 * _NCHW_CYCLES) if problem.format == "nchw" else 0.0
+    unpack = (algorithm.m**2 * _NCHW_CYCLES) if problem.format == "nchw" else 0.0
+    line = algorithm.m**2 * target.vector_bytes / 16.0  # pixels come from the outer caches
+    load = source * (points * _TRANSFORM_CYCLES["input"] + transpose + line)
+    store = out * (points * _TRANSFORM_CYCLES["output"] + unpack + line)
+    filters = roles.source_channels * out * points * _TRANSFORM_CYCLES["filter"]
+    filters += roles.source_channels * roles.out_channels * 9 * 4 / _WRITE_BYTES
+    u = points * roles.source_channels * out * target.vector_bytes
+    v = config.tiles * points * source * target.vector_bytes
+    m = config.tiles * points * config.vectors * target.vector_bytes
+    gemm += panels * v / _NEAR_BYTES
+    if config.order == "tiles":
+        share_panels = -(-panels // config.shares)
+        shares = -(-panels // share_panels)
+        part = share_panels / panels
+        streamed = u * part + (v * share_panels if v + m > target.l2 * 3 // 4 else 0.0)
+        read = _READ_BYTES if u < _SHARED_CACHE else _MEMORY_BYTES
+        task = gemm * part + config.tiles * (load + store * part) + streamed / read + _TASK_CYCLES
+        if m > target.l2:
+            task += 2 * m * share_panels / _READ_BYTES
+        tasks = blocks * shares
+        before = filters / threads + u / (_WRITE_BYTES if u < _SHARED_CACHE else _MEMORY_BYTES) / (threads if u < target.l2 * 2 else 1)
+    else:
+        task = (gemm + filters + v * panels / _READ_BYTES) / panels + config.tiles * store / panels + _TASK_CYCLES
+        tasks = blocks * panels
+        before = (tiles * load + blocks * v / _WRITE_BYTES) / threads
+    waves = tasks / threads if tasks >= 16 * threads else -(-tasks // threads)
+    return before + waves * task + (_FORK_CYCLES if threads > 1 else 0.0)
