@@ -1,12 +1,15 @@
 """Options, from the environment and by context manager.
 
 ``config.override(precision="strict")`` holds inside its ``with`` block and the threads or tasks that copy its context; a ``FALTUNG_*``
-environment variable sets the start value of the option of that name (``FALTUNG_PRECISION=strict``).
+environment variable sets the start value of the option of that name (``FALTUNG_PRECISION=strict``).  ``config.precision`` reads the option in
+force, and assigning to it changes it for the whole process, as :func:`set_options` does.
 """
 
 from __future__ import annotations
 
 import os
+import sys
+import types
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -104,3 +107,24 @@ def override(**values: Any) -> Iterator[Options]:
     """Options changed inside the ``with`` block; raises TypeError for an unknown name, ValueError for an unknown choice."""
     with applied(replace(current(), **values)) as options:
         yield options
+
+
+_NAMES = frozenset(option.name for option in fields(Options) if option.init)
+
+
+class _Config(types.ModuleType):
+    """The module with its options as attributes."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _NAMES:
+            return getattr(current(), name)
+        raise AttributeError(f"faltung.config has no option {name!r}; there are {', '.join(sorted(_NAMES))}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _NAMES:
+            set_options(**{name: value})
+        else:
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Config

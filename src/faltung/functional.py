@@ -16,9 +16,9 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import config, ops
 from .arguments import Arguments, Padding, Sizes, check, conv2d_output_size, normalize
-from .prepared import DTYPE_NAMES, Prepared, bounded, engine_of, prepare
+from .prepared import DTYPE_NAMES, Prepared, bounded, has_engine, prepare, require_engine
 
-__all__ = ["conv2d", "conv2d_output_size", "reason_for_stock"]
+__all__ = ["conv2d", "conv2d_output_size", "reason_for_stock", "resolve"]
 
 _PLAIN = frozenset({Tensor, Parameter})
 _calls: dict[Any, Prepared] = {}
@@ -70,6 +70,7 @@ def conv2d(
         or forward_ad._current_level >= 0
     ):
         return _general(input, weight, bias, stride, padding, dilation, groups, padding_mode)
+    key: tuple[Any, ...] | None
     try:
         key = (
             (input.shape, input.stride(), input.dtype, input.device, weight.shape, weight.stride(), weight.dtype, weight.device)
@@ -78,9 +79,109 @@ def conv2d(
         )
         call = _calls.get(key)
     except (TypeError, RuntimeError):  # an argument that is a list, or a tensor without strides
-        key = call = None
+        key, call = None, None
     if call is None:
-        return _general(input, weight, bias, stride, padding, dilation, groups, padding_mode)
+        return _first(key, input, weight, bias, stride, padding, dilation, groups, padding_mode)
+    # 1.0 and True find the entry of 1, and must be refused as on their first call
+    if not (_is_exact(stride) and _is_exact(padding) and _is_exact(dilation) and type(groups) is int):
+        normalize((1, 1), stride, padding, dilation, groups, padding_mode)
     if _grad_enabled() and (input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
         return _apply(input, weight, bias, call)
     return call.forward(input, weight, bias)
+
+
+def _is_exact(value: Any) -> bool:
+    kind = type(value)
+    if kind is tuple:
+        if len(value) == 2:
+            return type(value[0]) is int and type(value[1]) is int
+        return all(type(v) is int for v in value)
+    return kind is int or kind is str
+
+
+def _first(key: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any) -> Tensor:
+    """A plain eager call of a signature that was not met before, remembered under ``key`` where that is possible."""
+    if reason_for_stock(x, weight, bias) is not None:
+        return _stock(x, weight, bias, *arguments)
+    form = resolve(x, weight, bias, *arguments)
+    if x.is_meta or _crops_before_wrapping(form):
+        return _operator(x, weight, bias, form)
+    require_engine(x.device)
+    call = prepare(x, weight, bias, form)
+    if key is not None:
+        bounded(_calls, key, call)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
+        return _apply(x, weight, bias, call)
+    return call.forward(x, weight, bias)
+
+
+def _general(x: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any) -> Tensor:
+    """Every other call: by the registered operator, after whoever asks for ``__torch_function__`` had it."""
+    stride, padding, dilation, groups, padding_mode = arguments
+    if has_torch_function_variadic(x, weight, bias):
+        tensors = (x, weight, bias)
+        return handle_torch_function(conv2d, tensors, x, weight, bias, stride, padding, dilation, groups, padding_mode=padding_mode)
+    for name, value in (("input", x), ("weight", weight), ("bias", bias)):
+        if not isinstance(value, Tensor) and not (name == "bias" and value is None):
+            raise TypeError(f"conv2d(): argument '{name}' must be Tensor, not {type(value).__name__}")
+    device_type = x.device.type
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        x, weight, bias = ops.autocast_to(device_type, x, weight, bias)
+    if reason_for_stock(x, weight, bias) is not None:
+        return _stock(x, weight, bias, *arguments)
+    form = resolve(x, weight, bias, *arguments)
+    return _operator(x, weight, bias, form)
+
+
+def resolve(x: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any) -> Arguments:
+    """The one form of ``stride, padding, dilation, groups, padding_mode``, checked against the operands.  Raises as :func:`conv2d`."""
+    ops.check_types(x, weight, bias)
+    kernel = weight.shape[2:] if weight.dim() == 4 else (1, 1)
+    form = normalize(kernel, *arguments)
+    check(x.shape, weight.shape, None if bias is None else bias.shape, form)
+    return form
+
+
+def _crops_before_wrapping(form: Arguments) -> bool:
+    return form.padding_mode == "circular" and min(form.padding) < 0
+
+
+def _operator(x: Tensor, weight: Tensor, bias: Tensor | None, form: Arguments) -> Tensor:
+    if _crops_before_wrapping(form):
+        # PyTorch crops by negative padding first, and wraps around what is left
+        left, right, top, bottom = (min(p, 0) for p in form.padding)
+        x = x[..., -top : x.shape[-2] + bottom, -left : x.shape[-1] + right]
+        form = form._replace(padding=tuple(max(p, 0) for p in form.padding))
+        check(x.shape, weight.shape, None, form)
+    if x.dim() == 3:
+        return ops.forward(x.unsqueeze(0), weight, bias, *form).squeeze(0)
+    return ops.forward(x, weight, bias, *form)
+
+
+def reason_for_stock(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
+    """Why these operands go to PyTorch's own convolution, or None where faltung has kernels for them.
+
+    CPU and CUDA tensors of float32, float64, bfloat16 and float16 in PyTorch's strided layout never go there.
+    """
+    for tensor in (x, weight, bias):
+        if tensor is None:
+            continue
+        if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_quantized:
+            return f"a tensor of layout {tensor.layout}{', nested' if tensor.is_nested else ', quantized' if tensor.is_quantized else ''}"
+        if tensor.device != x.device:
+            return f"tensors on {x.device} and {tensor.device}"
+    if x.dtype not in DTYPE_NAMES:
+        return f"{x.dtype} has no kernels"
+    if x.device.type != "meta" and not has_engine(x.device.type):
+        return f"{x.device.type} tensors have no kernels"
+    return None
+
+
+def _stock(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, dilation: Any, groups: Any, padding_mode: str) -> Tensor:
+    """PyTorch's own convolution, with a padded copy for what only faltung's arguments can say."""
+    strided_same = padding == "same" and stride not in (1, (1,), (1, 1), [1], [1, 1])
+    if padding_mode == "zeros" and not strided_same and (isinstance(padding, (str, bytes)) or not hasattr(padding, "__len__") or len(padding) != 4):
+        return torch.conv2d(x, weight, bias, stride, padding, dilation, groups)
+    form = normalize(weight.shape[2:] if weight.dim() == 4 else (1, 1), stride, padding, dilation, groups, padding_mode)
+    mode = "constant" if padding_mode == "zeros" else padding_mode
+    return torch.conv2d(torch.nn.functional.pad(x, form.padding, mode=mode), weight, bias, form.stride, 0, form.dilation, form.groups)

@@ -12,11 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import Function, forward_ad
+from torch.autograd.function import _SingleLevelFunction
 
 from . import layout
 from .arguments import Arguments, check, output_size
-from .prepared import DTYPE_NAMES, Prepared, choose_weight_format, empty_output, engine_of, prepare, prepared
+from .prepared import DTYPE_NAMES, Prepared, choose_weight_format, empty_output, prepare, prepared, require_engine
 from .problem import Format
 
 __all__ = ["Convolution", "autocast_to", "check_types", "forward", "grad_input", "grad_weight"]
@@ -39,14 +41,14 @@ grad_input: Callable[..., Tensor] = torch.ops.faltung.conv2d_grad_input.default
 grad_weight: Callable[..., tuple[Tensor, Tensor]] = torch.ops.faltung.conv2d_grad_weight.default
 
 
-def check_types(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:  # noqa: A002
+def check_types(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """Raise RuntimeError where the operands differ in element type, TypeError where there are no kernels for it."""
-    if bias is not None and bias.dtype != input.dtype:
-        raise RuntimeError(f"Input type ({input.dtype}) and bias type ({bias.dtype}) should be the same")
-    if weight.dtype != input.dtype:
-        raise RuntimeError(f"Input type ({input.dtype}) and weight type ({weight.dtype}) should be the same")
-    if input.dtype not in DTYPE_NAMES:
-        raise TypeError(f"faltung has kernels for {', '.join(map(str, DTYPE_NAMES))}, not for {input.dtype}")
+    if bias is not None and bias.dtype != x.dtype:
+        raise RuntimeError(f"Input type ({x.dtype}) and bias type ({bias.dtype}) should be the same")
+    if weight.dtype != x.dtype:
+        raise RuntimeError(f"Input type ({x.dtype}) and weight type ({weight.dtype}) should be the same")
+    if x.dtype not in DTYPE_NAMES:
+        raise TypeError(f"faltung has kernels for {', '.join(map(str, DTYPE_NAMES))}, not for {x.dtype}")
 
 
 def autocast_to(device_type: str, *tensors: Tensor | None) -> list[Any]:
@@ -62,31 +64,36 @@ class Convolution(Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, call: Prepared) -> Tensor:  # noqa: A002
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, call: Prepared) -> Tensor:
         needs = ctx.needs_input_grad
-        ctx.save_for_backward(input if needs[1] else None, weight if needs[0] else None)
+        ctx.save_for_backward(x if needs[1] else None, weight if needs[0] else None)
         ctx.call = call
-        return call.forward(input, weight, bias)
+        return call.forward(x, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:  # type: ignore[override]
-        input, weight = ctx.saved_tensors  # noqa: A001
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        x, weight = ctx.saved_tensors
         needs_input, needs_weight, needs_bias, _ = ctx.needs_input_grad
         call: Prepared = ctx.call
         gx = gw = gb = None
-        if torch.is_grad_enabled() or not _is_plain(grad_output):
-            return *_differentiable_backward(call, grad_output, input, weight, needs_bias), None
+        saved = weight if x is None else x
+        if saved is None:
+            return None, None, _sum_to_bias(grad_output), None
+        if torch.is_grad_enabled() or not _is_plain(grad_output, saved):
+            return *_differentiable_backward(call, grad_output, x, weight, needs_bias), None
         if needs_input:
             gx = call.grad_input(grad_output, weight)
         if needs_weight:
-            gw, gb = call.grad_weight(input, grad_output, needs_bias)
+            gw, gb = call.grad_weight(x, grad_output, needs_bias)
         elif needs_bias:
             gb = _sum_to_bias(grad_output)
         return gx, gw, gb, None
 
 
-def _is_plain(tensor: Tensor) -> bool:
-    return type(tensor) is Tensor and not (torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack())
+def _is_plain(grad_output: Tensor, saved: Tensor) -> bool:
+    """Whether the gradient has memory to launch on, as the plain tensor that the forward saved: batched gradients, for one, have none."""
+    keys = torch._C._dispatch_keys
+    return type(grad_output) is Tensor and keys(grad_output) == keys(saved) and not torch._C._len_torch_dispatch_stack()
 
 
 def _sum_to_bias(grad_output: Tensor) -> Tensor:
@@ -94,7 +101,7 @@ def _sum_to_bias(grad_output: Tensor) -> Tensor:
 
 
 def _differentiable_backward(
-    call: Prepared, grad_output: Tensor, input: Tensor | None, weight: Tensor | None, needs_bias: bool  # noqa: A002
+    call: Prepared, grad_output: Tensor, x: Tensor | None, weight: Tensor | None, needs_bias: bool
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     unbatched = grad_output.dim() == 3
     gy = grad_output.unsqueeze(0) if unbatched else grad_output
@@ -103,10 +110,10 @@ def _differentiable_backward(
     if weight is not None:
         gx = grad_input(gy, weight, call.problem.input_shape, *call.arguments, channels_last)
         gx = gx.squeeze(0) if unbatched else gx
-    if input is not None:
-        x = input.unsqueeze(0) if unbatched else input
-        gw, gb = grad_weight(x, gy, call.problem.weight_shape, *call.arguments, needs_bias, channels_last, weight_channels_last)
-    if needs_bias and input is None:
+    if x is not None:
+        images = x.unsqueeze(0) if unbatched else x
+        gw, gb = grad_weight(images, gy, call.problem.weight_shape, *call.arguments, needs_bias, channels_last, weight_channels_last)
+    elif needs_bias:
         gb = _sum_to_bias(grad_output)
     return gx, gw, gb if needs_bias else None
 
@@ -119,17 +126,12 @@ def _arguments(stride: Sequence[int], padding: Sequence[int], dilation: Sequence
     return Arguments((stride[0], stride[1]), (left, right, top, bottom), (dilation[0], dilation[1]), groups, padding_mode)
 
 
-def _require_engine(tensor: Tensor) -> None:
-    if engine_of(tensor.device) is None:
-        raise NotImplementedError(f"faltung has no kernels for tensors on {tensor.device}")
-
-
-def _forward_kernel(input: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:  # noqa: A002
+def _forward_kernel(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
     arguments = _arguments(*rest)
-    check_types(input, weight, bias)
-    check(input.shape, weight.shape, None if bias is None else bias.shape, arguments)
-    _require_engine(input)
-    return prepare(input, weight, bias, arguments).forward(input, weight, bias)
+    check_types(x, weight, bias)
+    check(x.shape, weight.shape, None if bias is None else bias.shape, arguments)
+    require_engine(x.device)
+    return prepare(x, weight, bias, arguments).forward(x, weight, bias)
 
 
 def _format(channels_last: bool) -> Format:
@@ -148,21 +150,21 @@ def _grad_input_kernel(grad_output: Tensor, weight: Tensor, input_size: Sequence
     arguments, fmt = _arguments(*rest[:-1]), _format(rest[-1])
     check_types(grad_output, weight, None)
     _check_grad_output(grad_output, input_size, weight.shape, arguments)
-    _require_engine(grad_output)
+    require_engine(grad_output.device)
     weight_shape = tuple(weight.shape)
     weight_format = choose_weight_format(weight_shape, weight.stride(), fmt)
     call = prepared(tuple(input_size), weight_shape, arguments, weight.dtype, weight.device, fmt, weight_format, False)
     return call.grad_input(grad_output, weight)
 
 
-def _grad_weight_kernel(input: Tensor, grad_output: Tensor, weight_size: Sequence[int], *rest: Any) -> tuple[Tensor, Tensor]:  # noqa: A002
+def _grad_weight_kernel(x: Tensor, grad_output: Tensor, weight_size: Sequence[int], *rest: Any) -> tuple[Tensor, Tensor]:
     arguments, bias, fmt, weight_format = _arguments(*rest[:5]), rest[5], _format(rest[6]), _format(rest[7])
-    check_types(input, grad_output, None)
-    _check_grad_output(grad_output, input.shape, weight_size, arguments)
-    _require_engine(input)
-    call = prepared(tuple(input.shape), tuple(weight_size), arguments, input.dtype, input.device, fmt, weight_format, False)
-    gw, gb = call.grad_weight(input, grad_output, bias)
-    return gw, input.new_empty(0) if gb is None else gb
+    check_types(x, grad_output, None)
+    _check_grad_output(grad_output, x.shape, weight_size, arguments)
+    require_engine(x.device)
+    call = prepared(tuple(x.shape), tuple(weight_size), arguments, x.dtype, x.device, fmt, weight_format, False)
+    gw, gb = call.grad_weight(x, grad_output, bias)
+    return gw, x.new_empty(0) if gb is None else gb
 
 
 # --- kernels on shapes --------------------------------------------------------------------------------------------------------------------------
@@ -177,17 +179,17 @@ def _new_result(like: Tensor, shape: Sequence[int], fmt: Format, groups: int) ->
     return _new(like, shape, layout.joined_format(shape, fmt, dtype=DTYPE_NAMES[like.dtype], groups=groups))
 
 
-def _forward_fake(input: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:  # noqa: A002
+def _forward_fake(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
     arguments = _arguments(*rest)
-    check_types(input, weight, bias)
-    check(input.shape, weight.shape, None if bias is None else bias.shape, arguments)
-    p, q = output_size(input.shape[2:], weight.shape[2:], arguments.stride, arguments.padding, arguments.dilation)
-    shape = (input.shape[0], weight.shape[0], p, q)
-    if 0 in input.shape:
-        return empty_output(input, shape)
-    double_on_cuda = input.is_cuda and input.dtype == torch.float64
-    fmt = layout.result_format(input.shape, input.stride(), weight.shape, weight.stride(), double_on_cuda=double_on_cuda)
-    return _new_result(input, shape, fmt, arguments.groups)
+    check_types(x, weight, bias)
+    check(x.shape, weight.shape, None if bias is None else bias.shape, arguments)
+    p, q = output_size(x.shape[2:], weight.shape[2:], arguments.stride, arguments.padding, arguments.dilation)
+    shape = (x.shape[0], weight.shape[0], p, q)
+    if 0 in x.shape:
+        return empty_output(x, shape)
+    double_on_cuda = x.is_cuda and x.dtype == torch.float64
+    fmt = layout.result_format(x.shape, x.stride(), weight.shape, weight.stride(), double_on_cuda=double_on_cuda)
+    return _new_result(x, shape, fmt, arguments.groups)
 
 
 def _grad_input_fake(grad_output: Tensor, weight: Tensor, input_size: Sequence[int], *rest: Any) -> Tensor:
@@ -196,70 +198,136 @@ def _grad_input_fake(grad_output: Tensor, weight: Tensor, input_size: Sequence[i
     return _new(weight, input_size, "nchw") if 0 in input_size else _new_result(weight, input_size, _format(rest[-1]), rest[3])
 
 
-def _grad_weight_fake(input: Tensor, grad_output: Tensor, weight_size: Sequence[int], *rest: Any) -> tuple[Tensor, Tensor]:  # noqa: A002
-    check_types(input, grad_output, None)
-    _check_grad_output(grad_output, input.shape, weight_size, _arguments(*rest[:5]))
-    fmt = "nchw" if 0 in input.shape else _format(rest[7])
-    return _new(input, weight_size, fmt), input.new_empty(weight_size[0] if rest[5] else 0)
+def _grad_weight_fake(x: Tensor, grad_output: Tensor, weight_size: Sequence[int], *rest: Any) -> tuple[Tensor, Tensor]:
+    check_types(x, grad_output, None)
+    _check_grad_output(grad_output, x.shape, weight_size, _arguments(*rest[:5]))
+    fmt = "nchw" if 0 in x.shape else _format(rest[7])
+    return _new(x, weight_size, fmt), x.new_empty(weight_size[0] if rest[5] else 0)
 
 
 # --- derivatives --------------------------------------------------------------------------------------------------------------------------------
 
 
-def _save_forward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
-    x, w, bias, *arguments = inputs
-    needs = ctx.needs_input_grad
-    ctx.save_for_backward(x if needs[1] else None, w if needs[0] else None)
-    ctx.arguments, ctx.input_shape, ctx.weight_shape, ctx.has_bias = arguments, x.shape, w.shape, bias is not None
-    double_on_cuda = x.is_cuda and x.dtype == torch.float64
-    fmt = layout.result_format(x.shape, x.stride(), w.shape, w.stride(), double_on_cuda=double_on_cuda)
-    ctx.formats = fmt == "nhwc", choose_weight_format(w.shape, w.stride(), fmt) == "nhwc"
+class _Forward(_SingleLevelFunction):
+    """``conv2d_forward`` under autograd: linear in the input and in the weight, and the bias is added."""
+
+    @staticmethod
+    def forward(ctx: Any, keyset: Any, x: Tensor, w: Tensor, bias: Tensor | None, *arguments: Any) -> Tensor:
+        needs = ctx.needs_input_grad[1:]
+        ctx.save_for_backward(x if needs[1] else None, w if needs[0] else None)
+        ctx.save_for_forward(x, w)
+        ctx.arguments, ctx.input_shape, ctx.weight_shape = arguments, x.shape, w.shape
+        double_on_cuda = x.is_cuda and x.dtype == torch.float64
+        fmt = layout.result_format(x.shape, x.stride(), w.shape, w.stride(), double_on_cuda=double_on_cuda)
+        ctx.formats = fmt == "nhwc", choose_weight_format(w.shape, w.stride(), fmt) == "nhwc"
+        return _below_autograd(forward, keyset, x, w, bias, *arguments)
+
+    @staticmethod
+    def backward(ctx: Any, gy: Tensor) -> tuple[Any, ...]:
+        x, w = ctx.saved_tensors
+        channels_last, weight_channels_last = ctx.formats
+        needs_input, needs_weight, needs_bias = ctx.needs_input_grad[1:4]
+        gx = gw = gb = None
+        if needs_input:
+            gx = grad_input(gy, w, ctx.input_shape, *ctx.arguments, channels_last)
+        if needs_weight:
+            gw, gb = grad_weight(x, gy, ctx.weight_shape, *ctx.arguments, needs_bias, channels_last, weight_channels_last)
+        elif needs_bias:
+            gb = _sum_to_bias(gy)
+        return None, gx, gw, gb if needs_bias else None, *[None] * 5
+
+    @staticmethod
+    def jvp(ctx: Any, _: None, dx: Tensor | None, dw: Tensor | None, db: Tensor | None, *rest: None) -> Tensor:  # noqa: ARG004
+        x, w = ctx.saved_tensors
+        parts = [] if dx is None else [forward(dx, w, db, *ctx.arguments)]
+        parts += [] if dw is None else [forward(x, dw, db if dx is None else None, *ctx.arguments)]
+        return _sum(parts) if parts else forward(torch.zeros_like(x), w, db, *ctx.arguments)
 
 
-def _forward_backward(ctx: Any, gy: Tensor) -> tuple[Any, ...]:
-    x, w = ctx.saved_tensors
-    channels_last, weight_channels_last = ctx.formats
-    needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-    gx = gw = gb = None
-    if needs_input:
-        gx = grad_input(gy, w, ctx.input_shape, *ctx.arguments, channels_last)
-    if needs_weight:
-        gw, gb = grad_weight(x, gy, ctx.weight_shape, *ctx.arguments, needs_bias, channels_last, weight_channels_last)
-    elif needs_bias:
-        gb = _sum_to_bias(gy)
-    return gx, gw, gb if needs_bias else None, *[None] * 5
+class _GradInput(_SingleLevelFunction):
+    """``conv2d_grad_input`` under autograd: bilinear in the gradient of the output and the weight."""
+
+    @staticmethod
+    def forward(ctx: Any, keyset: Any, gy: Tensor, w: Tensor, input_size: Sequence[int], *rest: Any) -> Tensor:
+        ctx.save_for_backward(gy, w)
+        ctx.save_for_forward(gy, w)
+        ctx.input_size, ctx.rest, ctx.arguments = input_size, rest, rest[:-1]
+        ctx.formats = rest[-1], choose_weight_format(w.shape, w.stride(), _format(rest[-1])) == "nhwc"
+        return _below_autograd(grad_input, keyset, gy, w, input_size, *rest)
+
+    @staticmethod
+    def backward(ctx: Any, ggx: Tensor) -> tuple[Any, ...]:
+        gy, w = ctx.saved_tensors
+        ggy = gw = None
+        if ctx.needs_input_grad[1]:
+            ggy = forward(ggx, w, None, *ctx.arguments)
+        if ctx.needs_input_grad[2]:
+            gw, _ = grad_weight(ggx, gy, w.shape, *ctx.arguments, False, *ctx.formats)
+        return None, ggy, gw, *[None] * 7
+
+    @staticmethod
+    def jvp(ctx: Any, _: None, dgy: Tensor | None, dw: Tensor | None, *rest: None) -> Tensor:  # noqa: ARG004
+        gy, w = ctx.saved_tensors
+        parts = [] if dgy is None else [grad_input(dgy, w, ctx.input_size, *ctx.rest)]
+        return _sum(parts + ([] if dw is None else [grad_input(gy, dw, ctx.input_size, *ctx.rest)]))
 
 
-def _save_grad_input(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
-    gy, w, _, *arguments, channels_last = inputs
-    ctx.save_for_backward(gy, w)
-    ctx.arguments, ctx.formats = arguments, (channels_last, choose_weight_format(w.shape, w.stride(), _format(channels_last)) == "nhwc")
+class _GradWeight(_SingleLevelFunction):
+    """``conv2d_grad_weight`` under autograd: bilinear in the input and the gradient of the output."""
+
+    @staticmethod
+    def forward(ctx: Any, keyset: Any, x: Tensor, gy: Tensor, weight_size: Sequence[int], *rest: Any) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(x, gy)
+        ctx.save_for_forward(x, gy)
+        ctx.weight_size, ctx.rest, ctx.arguments, ctx.bias, ctx.channels_last = weight_size, rest, rest[:5], rest[5], rest[6]
+        return _below_autograd(grad_weight, keyset, x, gy, weight_size, *rest)
+
+    @staticmethod
+    def backward(ctx: Any, ggw: Tensor, ggb: Tensor) -> tuple[Any, ...]:
+        x, gy = ctx.saved_tensors
+        gx = ggy = None
+        if ctx.needs_input_grad[1]:
+            gx = grad_input(gy, ggw, x.shape, *ctx.arguments, ctx.channels_last)
+        if ctx.needs_input_grad[2]:
+            ggy = forward(x, ggw, ggb if ctx.bias else None, *ctx.arguments)
+        return None, gx, ggy, *[None] * 9
+
+    @staticmethod
+    def jvp(ctx: Any, _: None, dx: Tensor | None, dgy: Tensor | None, *rest: None) -> tuple[Tensor, Tensor]:  # noqa: ARG004
+        x, gy = ctx.saved_tensors
+        by_x = None if dx is None else grad_weight(dx, gy, ctx.weight_size, *ctx.rest)
+        by_gy = None if dgy is None else grad_weight(x, dgy, ctx.weight_size, *ctx.rest)
+        if by_gy is None:
+            assert by_x is not None
+            return by_x[0], torch.zeros_like(by_x[1])
+        return by_gy[0] if by_x is None else by_x[0] + by_gy[0], by_gy[1]
 
 
-def _grad_input_backward(ctx: Any, ggx: Tensor) -> tuple[Any, ...]:
-    gy, w = ctx.saved_tensors
-    ggy = gw = None
-    if ctx.needs_input_grad[0]:
-        ggy = forward(ggx, w, None, *ctx.arguments)
-    if ctx.needs_input_grad[1]:
-        gw, _ = grad_weight(ggx, gy, w.shape, *ctx.arguments, False, *ctx.formats)
-    return ggy, gw, *[None] * 7
+def _sum(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else parts[0] + parts[1]
 
 
-def _save_grad_weight(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:  # noqa: ARG001
-    x, gy, _, *arguments, bias, channels_last, _ = inputs
-    ctx.save_for_backward(x, gy)
-    ctx.arguments, ctx.bias, ctx.channels_last = arguments, bias, channels_last
+def _below_autograd(operator: Any, keyset: Any, *args: Any) -> Any:
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
 
-def _grad_weight_backward(ctx: Any, ggw: Tensor, ggb: Tensor) -> tuple[Any, ...]:
-    x, gy = ctx.saved_tensors
-    gx = ggy = None
-    if ctx.needs_input_grad[0]:
-        gx = grad_input(gy, ggw, x.shape, *ctx.arguments, ctx.channels_last)
-    if ctx.needs_input_grad[1]:
-        ggy = forward(x, ggw, ggb if ctx.bias else None, *ctx.arguments)
-    return gx, ggy, *[None] * 9
+def _autograd_kernel(operator: Any, function: Any) -> Callable[..., Any]:
+    """The operator's kernel for autograd, reverse and forward.
+
+    Function transforms come here with their own wrappers around tensors, as for PyTorch's built-in functions.  A ``Function`` would take such a call
+    for one from outside and start the transforms anew, so the functions are of the class behind it, which serves one level only.
+    """
+    apply = function.apply
+
+    def kernel(keyset: Any, *args: Any) -> Any:
+        derivatives = torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
+        if not derivatives and not (forward_ad._current_level >= 0 and torch._C._is_fwd_grad_enabled()):
+            return _below_autograd(operator, keyset, *args)
+        with enable_single_level_autograd_function():
+            return apply(keyset, *args)
+
+    return kernel
 
 
 # --- function transforms and autocast -----------------------------------------------------------------------------------------------------------
@@ -329,28 +397,27 @@ def _grad_weight_vmap(
 def _forward_autocast(device_type: str, key: Any) -> Callable[..., Tensor]:
     keys = torch._C.DispatchKeySet(key)
 
-    def cast_and_forward(input: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:  # noqa: A002
+    def cast_and_forward(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
         with torch._C._ExcludeDispatchKeyGuard(keys):
-            return forward(*autocast_to(device_type, input, weight, bias), *rest)
+            return forward(*autocast_to(device_type, x, weight, bias), *rest)
 
     return cast_and_forward
 
 
 def _register() -> None:
     library = torch.library
-    for name, kernel, fake, save, backward, vmap in (
-        ("conv2d_forward", _forward_kernel, _forward_fake, _save_forward, _forward_backward, _forward_vmap),
-        ("conv2d_grad_input", _grad_input_kernel, _grad_input_fake, _save_grad_input, _grad_input_backward, _grad_input_vmap),
-        ("conv2d_grad_weight", _grad_weight_kernel, _grad_weight_fake, _save_grad_weight, _grad_weight_backward, _grad_weight_vmap),
+    for name, kernel, fake, operator, function, vmap in (
+        ("conv2d_forward", _forward_kernel, _forward_fake, forward, _Forward, _forward_vmap),
+        ("conv2d_grad_input", _grad_input_kernel, _grad_input_fake, grad_input, _GradInput, _grad_input_vmap),
+        ("conv2d_grad_weight", _grad_weight_kernel, _grad_weight_fake, grad_weight, _GradWeight, _grad_weight_vmap),
     ):
         for key in ("CPU", "CUDA"):
             _library.impl(name, kernel, key)
-        qualified = f"faltung::{name}"
-        library.register_fake(qualified, fake, lib=_library)
-        library.register_autograd(qualified, backward, setup_context=save, lib=_library)
-        library.register_vmap(qualified, vmap, lib=_library)
-    for device_type, key in (("cpu", torch._C.DispatchKey.AutocastCPU), ("cuda", torch._C.DispatchKey.AutocastCUDA)):
-        _library.impl("conv2d_forward", _forward_autocast(device_type, key), key.name)
+        library.register_fake(f"faltung::{name}", fake, lib=_library)
+        library.register_vmap(f"faltung::{name}", vmap, lib=_library)
+        _library.impl(name, _autograd_kernel(operator, function), "Autograd", with_keyset=True)
+    for device_type, autocast in (("cpu", torch._C.DispatchKey.AutocastCPU), ("cuda", torch._C.DispatchKey.AutocastCUDA)):
+        _library.impl("conv2d_forward", _forward_autocast(device_type, autocast), autocast.name)
 
 
 _register()

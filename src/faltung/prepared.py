@@ -16,7 +16,20 @@ from . import config, dispatch, layout
 from .arguments import Arguments, output_size
 from .problem import ConvProblem, Direction, Epilogue, Format
 
-__all__ = ["DTYPE_NAMES", "Prepared", "bounded", "build_problem", "choose_weight_format", "dense", "engine_of", "prepare", "prepared"]
+__all__ = [
+    "DTYPE_NAMES",
+    "Prepared",
+    "bounded",
+    "build_problem",
+    "choose_weight_format",
+    "dense",
+    "engine_for",
+    "has_engine",
+    "kind_of",
+    "prepare",
+    "prepared",
+    "require_engine",
+]
 
 DTYPE_NAMES = {torch.float32: "f32", torch.float64: "f64", torch.bfloat16: "bf16", torch.float16: "f16"}
 CACHE_LIMIT = 4096
@@ -35,12 +48,28 @@ def bounded(cache: dict[Any, V], key: Any, value: V) -> V:
     return value
 
 
-def engine_of(device: torch.device) -> str | None:
-    """The engine for tensors on ``device``, or None where there is none.  Raises RuntimeError where ``config.engine`` asks for another one."""
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def has_engine(device_type: str) -> bool:
+    """Whether there are kernels for tensors of this device type."""
+    return dispatch.available(device_type)
+
+
+def require_engine(device: torch.device) -> None:
+    """Raise NotImplementedError where ``device`` has no kernels, RuntimeError where ``config.engine`` asks for another engine than its."""
     wanted = config.current().engine
-    if wanted not in ("auto", device.type):
+    if wanted not in ("auto", device.type) and engine_for(device) != wanted:
         raise RuntimeError(f"faltung's engine is set to '{wanted}', but got a tensor on {device}")
-    return device.type if dispatch.available(device.type) else None
+    if not has_engine(device.type):
+        raise NotImplementedError(f"faltung has no kernels for tensors on {device}")
+
+
+def engine_for(device: torch.device) -> str:
+    """The engine for tensors on ``device``: its type's; ``cuda`` for CPU tensors where that is asked for and Triton's interpreter can run its kernels."""
+    if device.type == "cpu" and config.current().engine == "cuda" and dispatch.available("cuda"):
+        from .cuda.runtime import INTERPRETED
+
+        return "cuda" if INTERPRETED else "cpu"
+    return device.type
 
 
 def build_problem(
@@ -103,10 +132,6 @@ class Prepared:
     the input has the format of input and output, that of the weight the weight's.
     """
 
-    # a slot is read faster than an entry of a dictionary
-    __slots__ = ("_forward", "_grad_input", "_grad_weight", "device", "dtype", "input_shape", "input_strides", "options")
-    __slots__ += ("arguments", "output_shape", "output_strides", "problem", "threads", "weight_shape", "weight_strides")
-
     def __init__(self, problem: ConvProblem, arguments: Arguments, dtype: torch.dtype, device: torch.device, threads: int, *, unbatched: bool = False) -> None:
         self.problem, self.arguments, self.dtype, self.device, self.threads = problem, arguments, dtype, device, threads
         self.options = config.current()
@@ -118,13 +143,13 @@ class Prepared:
         self._grad_input: Callable[..., None] | None = None
         self._grad_weight: dict[bool, Callable[..., None]] = {}
 
-    def forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # noqa: A002
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The output of dense operands."""
         launch = self._forward
         if launch is None:
             launch = self._forward = self._launcher("forward", self.problem.epilogue.bias)
         output = self._allocate(self.output_shape, self.output_strides)
-        self._run(launch, input, weight, bias, output)
+        self._run(launch, x, weight, bias, output)
         return output
 
     def grad_input(self, grad_output: Tensor, weight: Tensor) -> Tensor:
@@ -140,24 +165,24 @@ class Prepared:
         self._run(launch, grad_output, weight, None, grad_input)
         return grad_input
 
-    def grad_weight(self, input: Tensor, grad_output: Tensor, bias: bool) -> tuple[Tensor, Tensor | None]:  # noqa: A002
+    def grad_weight(self, x: Tensor, grad_output: Tensor, bias: bool) -> tuple[Tensor, Tensor | None]:
         """The gradient of the weight and, where asked for, of the bias; the operands may have any strides."""
         launch = self._grad_weight.get(bias)
         if launch is None:
             launch = self._grad_weight[bias] = self._launcher("grad_weight", bias)
         if grad_output.stride() != self.output_strides:
             grad_output = dense(grad_output, self.problem.format)
-        if input.stride() != self.input_strides:
-            input = dense(input, self.problem.format)  # noqa: A001
+        if x.stride() != self.input_strides:
+            x = dense(x, self.problem.format)
         grad_weight = self._allocate(self.weight_shape, self.weight_strides)
         grad_bias = self._allocate(self.weight_shape[:1], (1,)) if bias else None
-        self._run(launch, input, grad_output, grad_bias, grad_weight)
+        self._run(launch, x, grad_output, grad_bias, grad_weight)
         return grad_weight, grad_bias
 
     def _launcher(self, direction: Direction, bias: bool) -> Callable[..., None]:
         # the backward pass may run on a thread of autograd's, where the caller's options are not in force
         with config.applied(self.options):
-            return dispatch.decide(self.problem.with_direction(direction, bias=bias), self.device.type, self.threads).plan.launch
+            return dispatch.decide(self.problem.with_direction(direction, bias=bias), engine_for(self.device), self.threads).plan.launch
 
     def _strides_of_result(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         return layout.strides_of(shape, layout.joined_format(shape, self.problem.format, dtype=self.problem.dtype, groups=self.problem.g))
@@ -176,10 +201,11 @@ class Prepared:
 class PreparedOnDevice(Prepared):
     """The same for an accelerator's tensors, which its plans take as they are, with four dimensions."""
 
-    __slots__ = ()
-
     def _run(self, launch: Callable[..., None], source: Tensor, other: Tensor, side: Tensor | None, out: Tensor) -> None:
         source, other, out = (t.unsqueeze(0) if t.dim() == 3 else t for t in (source, other, out))
+        if self.device.type == "cpu":  # in Triton's interpreter
+            launch(source, other, side, out)
+            return
         with torch.get_device_module(self.device.type).device(self.device):
             launch(source, other, side, out)
 
@@ -187,22 +213,20 @@ class PreparedOnDevice(Prepared):
 class Normalizing(Prepared):
     """The same for operands of any strides: each is copied into its format where it is not dense."""
 
-    __slots__ = ("dense",)
-
     def __init__(self, inner: Prepared) -> None:
         self.dense = inner
         self.problem, self.arguments, self.input_shape = inner.problem, inner.arguments, inner.input_shape
 
-    def forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # noqa: A002
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         problem = self.problem
         bias = None if bias is None else dense(bias, "nchw")
-        return self.dense.forward(dense(input, problem.format), dense(weight, problem.weight_format), bias)
+        return self.dense.forward(dense(x, problem.format), dense(weight, problem.weight_format), bias)
 
     def grad_input(self, grad_output: Tensor, weight: Tensor) -> Tensor:
         return self.dense.grad_input(dense(grad_output, self.problem.format), dense(weight, self.problem.weight_format))
 
-    def grad_weight(self, input: Tensor, grad_output: Tensor, bias: bool) -> tuple[Tensor, Tensor | None]:  # noqa: A002
-        return self.dense.grad_weight(dense(input, self.problem.format), dense(grad_output, self.problem.format), bias)
+    def grad_weight(self, x: Tensor, grad_output: Tensor, bias: bool) -> tuple[Tensor, Tensor | None]:
+        return self.dense.grad_weight(dense(x, self.problem.format), dense(grad_output, self.problem.format), bias)
 
 
 class Empty(Prepared):
@@ -211,24 +235,27 @@ class Empty(Prepared):
     With no input channels PyTorch gives an output with no channels; with an input and output of one size it keeps the input's strides.
     """
 
-    __slots__ = ()
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # noqa: ARG002
+        return empty_output(x, self.output_shape)
 
-    def forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # noqa: A002, ARG002
-        return empty_output(input, self.output_shape)
-
-    def grad_input(self, grad_output: Tensor, weight: Tensor) -> Tensor:
+    def grad_input(self, grad_output: Tensor, weight: Tensor) -> Tensor:  # noqa: ARG002
         return grad_output.new_zeros(self.input_shape)
 
-    def grad_weight(self, input: Tensor, grad_output: Tensor, bias: bool) -> tuple[Tensor, Tensor | None]:  # noqa: A002
-        return input.new_zeros(self.weight_shape), input.new_zeros(self.weight_shape[:1]) if bias else None
+    def grad_weight(self, x: Tensor, grad_output: Tensor, bias: bool) -> tuple[Tensor, Tensor | None]:  # noqa: ARG002
+        return x.new_zeros(self.weight_shape), x.new_zeros(self.weight_shape[:1]) if bias else None
 
 
-def empty_output(input: Tensor, shape: Sequence[int]) -> Tensor:  # noqa: A002
+def empty_output(x: Tensor, shape: Sequence[int]) -> Tensor:
     """An output without elements for ``input``, whose channels it lacks where ``input`` has none."""
-    shape = (*shape[:-3], 0 if input.shape[-3] == 0 else shape[-3], *shape[-2:])
-    if input.shape[-3] != 0 and tuple(input.shape) == shape:
-        return input * 1
-    return input.new_empty(shape)
+    shape = (*shape[:-3], 0 if x.shape[-3] == 0 else shape[-3], *shape[-2:])
+    if x.shape[-3] != 0 and tuple(x.shape) == shape:
+        return x * 1
+    return x.new_empty(shape)
+
+
+def kind_of(device: torch.device) -> type[Prepared]:
+    """The class for tensors on ``device``."""
+    return Prepared if engine_for(device) == "cpu" else PreparedOnDevice
 
 
 _prepared: dict[Any, Prepared] = {}
@@ -252,30 +279,30 @@ def prepared(
         return found
     unbatched = len(input_shape) == 3
     problem = build_problem((1, *input_shape) if unbatched else input_shape, weight_shape, arguments, dtype, fmt, weight_format, bias)
-    kind = Empty if problem.empty else Prepared if device.type == "cpu" else PreparedOnDevice
+    kind = Empty if problem.empty else kind_of(device)
     return bounded(_prepared, key, kind(problem, arguments, dtype, device, threads, unbatched=unbatched))
 
 
 _signatures: dict[Any, Prepared] = {}
 
 
-def prepare(input: Tensor, weight: Tensor, bias: Tensor | None, arguments: Arguments) -> Prepared:  # noqa: A002
+def prepare(x: Tensor, weight: Tensor, bias: Tensor | None, arguments: Arguments) -> Prepared:
     """The convolution for operands of checked sizes, with whatever copies their strides need."""
-    key = (input.shape, input.stride(), weight.shape, weight.stride(), bias is None or bias.is_contiguous(), bias is None)
-    key += (arguments, input.dtype, input.device, torch.get_num_threads(), config.current().token)
+    signature = x.shape, x.stride(), weight.shape, weight.stride(), bias is None or bias.is_contiguous(), bias is None
+    key = (*signature, arguments, x.dtype, x.device, torch.get_num_threads(), config.current().token)
     found = _signatures.get(key)
-    return bounded(_signatures, key, _prepare(input, weight, bias, arguments)) if found is None else found
+    return bounded(_signatures, key, _prepare(x, weight, bias, arguments)) if found is None else found
 
 
-def _prepare(input: Tensor, weight: Tensor, bias: Tensor | None, arguments: Arguments) -> Prepared:  # noqa: A002
-    shape, strides = layout.batched(input.shape, input.stride())
+def _prepare(x: Tensor, weight: Tensor, bias: Tensor | None, arguments: Arguments) -> Prepared:
+    shape, strides = layout.batched(x.shape, x.stride())
     weight_shape, weight_strides = tuple(weight.shape), weight.stride()
-    fmt = layout.result_format(shape, strides, weight_shape, weight_strides, double_on_cuda=input.is_cuda and input.dtype == torch.float64)
+    fmt = layout.result_format(shape, strides, weight_shape, weight_strides, double_on_cuda=x.is_cuda and x.dtype == torch.float64)
     weight_format = choose_weight_format(weight_shape, weight_strides, fmt)
-    found = prepared(tuple(input.shape), weight_shape, arguments, input.dtype, input.device, fmt, weight_format, bias is not None)
+    found = prepared(tuple(x.shape), weight_shape, arguments, x.dtype, x.device, fmt, weight_format, bias is not None)
     if isinstance(found, Empty):
         return found
-    single = input.numel() == 1 or weight.numel() == 1 or (bias is not None and bias.numel() == 1)  # may be negated views: see dense()
+    single = x.numel() == 1 or weight.numel() == 1 or (bias is not None and bias.numel() == 1)  # may be negated views: see dense()
     dense_already = layout.is_dense(shape, strides, fmt) and layout.is_dense(weight_shape, weight_strides, weight_format)
     return found if dense_already and not single and (bias is None or bias.is_contiguous()) else Normalizing(found)
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
-__all__ = ["DTYPES", "DIRECTIONS", "FORMATS", "PADDING_MODES", "ConvProblem", "Direction", "Epilogue", "Format", "same_padding"]
+__all__ = ["DIRECTIONS", "DTYPES", "FORMATS", "PADDING_MODES", "ConvProblem", "Direction", "Epilogue", "Format", "same_padding"]
 
 Direction = Literal["forward", "grad_input", "grad_weight"]
 Format = Literal["nchw", "nhwc"]
