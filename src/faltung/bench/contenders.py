@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from importlib.metadata import version
 
 import torch
 from torch.nn import functional
@@ -19,21 +18,24 @@ Call = Callable[[], tuple[torch.Tensor, ...]]
 
 @dataclass
 class Contender:
-    """One column of a comparison.  ``implementation`` names the algorithm, where it can be told; ``version`` that of the peer's package."""
+    """One column of a comparison.  ``implementation`` names the algorithm, where it can be told; ``version`` that of the peer's package, ``pool``
+    the threads that it runs on."""
 
     provider: str
     format: Format
     call: Call
     implementation: str = ""
     version: str = field(default_factory=lambda: torch.__version__)
+    refused: bool = False
+    pool: str = "openmp"
 
 
 def ours(operands: Operands) -> Contender:
     """faltung; raises :class:`faltung.dispatch.Unsupported` where no implementation takes the problem."""
-    from .. import dispatch
+    from .. import __version__, dispatch
 
     decision = dispatch.decide(operands.problem, "cpu", torch.get_num_threads())
-    return Contender("faltung", operands.problem.format, ours_call(operands), decision.plan.implementation, version("faltung"))
+    return Contender("faltung", operands.problem.format, ours_call(operands), decision.plan.implementation, __version__)
 
 
 def stock(operands: Operands) -> Contender:
@@ -106,24 +108,18 @@ def ours_call(operands: Operands) -> Call:
 
 
 def _ours_gradient(operands: Operands) -> Call:
-    from .. import dispatch
+    """What the backward pass of a plain eager call runs, without autograd's own bookkeeping, which stock's call does not pay either."""
+    from ..arguments import Arguments
+    from ..prepared import prepare
 
     problem = operands.problem
-    launch = dispatch.plan(problem, "cpu", torch.get_num_threads()).launch
-    x, weight, gradient = operands.x, operands.weight, operands.gradient
-
-    def grad_input() -> tuple[torch.Tensor, ...]:
-        result = torch.empty_like(x)
-        launch(gradient.data_ptr(), weight.data_ptr(), 0, result.data_ptr())
-        return (result,)
+    x, weight, gradient, with_bias = operands.x, operands.weight, operands.gradient, problem.epilogue.bias
+    prepared = prepare(x, weight, operands.bias, Arguments(problem.stride, problem.padding, problem.dilation, problem.g, problem.padding_mode))
+    if problem.direction == "grad_input":
+        return lambda: (prepared.grad_input(gradient, weight),)
 
     def grad_weight() -> tuple[torch.Tensor, ...]:
-        result = torch.empty_like(weight)
-        if not problem.epilogue.bias:
-            launch(x.data_ptr(), gradient.data_ptr(), 0, result.data_ptr())
-            return (result,)
-        of_bias = torch.empty(problem.k, dtype=weight.dtype)
-        launch(x.data_ptr(), gradient.data_ptr(), of_bias.data_ptr(), result.data_ptr())
-        return result, of_bias
+        of_weight, of_bias = prepared.grad_weight(x, gradient, with_bias)
+        return (of_weight,) if of_bias is None else (of_weight, of_bias)
 
-    return grad_input if problem.direction == "grad_input" else grad_weight
+    return grad_weight

@@ -91,7 +91,7 @@ def _onnxruntime(operands: Operands) -> Contender:
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(_onnx_model(operands), options, providers=["CPUExecutionProvider"])
     feed = {"x": operands.x.numpy()}
-    return Contender("onnxruntime", "nchw", lambda: (torch.from_numpy(session.run(None, feed)[0]),), "", onnxruntime.__version__)
+    return Contender("onnxruntime", "nchw", lambda: (torch.from_numpy(session.run(None, feed)[0]),), "", onnxruntime.__version__, pool="onnxruntime")
 
 
 def _openvino(operands: Operands) -> Contender:
@@ -102,7 +102,14 @@ def _openvino(operands: Operands) -> Contender:
     settings: dict[str, Any] = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
     request = core.compile_model(core.read_model(_onnx_model(operands)), "CPU", settings).create_infer_request()
     feed = [operands.x.numpy()]
-    return Contender("openvino", "nchw", lambda: (torch.from_numpy(request.infer(feed, share_inputs=True, share_outputs=True)[0]),), "", openvino.__version__)
+    return Contender(
+        "openvino",
+        "nchw",
+        lambda: (torch.from_numpy(request.infer(feed, share_inputs=True, share_outputs=True)[0]),),
+        "",
+        openvino.__version__.split("-")[0],
+        pool="openvino",
+    )
 
 
 PEERS: dict[str, Callable[[Operands], Contender]] = {"onnxruntime": _onnxruntime, "openvino": _openvino}

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["Environment", "Row", "commit", "cpu_name", "environment", "read_csv", "write_csv"]
+__all__ = ["Environment", "Row", "commit", "cpu_name", "environment", "package_version", "read_csv", "write_csv"]
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,8 @@ class Environment:
 class Row:
     """One provider on one problem in one format.
 
-    ``status``: ``ok``, or ``wrong`` for a result outside ``bound``, which has no time (NaN).  ``error`` is relative, to float64 or to stock, as
-    ``reference`` says.  Times are seconds.
+    ``status``: ``ok``, ``wrong`` for a result outside ``bound``, ``refused`` where no implementation takes the problem; the last two have no time
+    (NaN).  ``error`` is relative, to float64 or to stock, as ``reference`` says.  Times are seconds.
     """
 
     suite: str
@@ -101,6 +101,7 @@ def read_csv(path: Path) -> list[Row]:
 
 def environment() -> Environment:
     """Facts of the machine and the versions; measures the two roofs, which takes about half a second."""
+    from .. import __version__
     from ..cpu.target import host_target
 
     gflops, gbs = _roofs()
@@ -113,8 +114,8 @@ def environment() -> Environment:
         roof_gbs=gbs,
         python=platform.python_version(),
         torch=torch.__version__,
-        llvmlite=_version("llvmlite"),
-        faltung=_version("faltung"),
+        llvmlite=package_version("llvmlite"),
+        faltung=__version__,
         commit=commit(),
     )
 
@@ -165,7 +166,8 @@ def _roofs() -> tuple[float, float]:
     return 2 * 1536**3 / gemm * 1e-9, 2 * source.nbytes / copy * 1e-9
 
 
-def _version(package: str) -> str:
+def package_version(package: str) -> str:
+    """The installed release of ``package``; empty where there is none."""
     try:
         return version(package)
     except PackageNotFoundError:

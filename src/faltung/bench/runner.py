@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 
+from ..dispatch import Unsupported
 from ..problem import FORMATS
 from . import contenders
 from .check import Truth, bound_of, error_of, truth_of
@@ -40,17 +41,26 @@ def run_case(case: Case, environment: Environment, *, budget: float = 0.3, peers
     row_major = make_operands(case.problem)
     truth = truth_of(row_major)
     operands = {fmt: row_major.to(fmt) for fmt in FORMATS}
-    columns = [(make_ours or contenders.ours)(operands[fmt]) for fmt in case.formats]
+    columns = [_or_refused(make_ours or contenders.ours, operands[fmt]) for fmt in case.formats]
     columns += [stock(operands[fmt]) for fmt in FORMATS]
     columns += list(make_peers({fmt: operands[fmt] for fmt in case.formats}, peers))
 
-    errors = [error_of(contender.call(), truth) for contender in columns]
+    errors = [math.nan if c.refused else error_of(c.call(), truth) for c in columns]
     of_stock = max((e for c, e in zip(columns, errors) if c.provider == "stock"), default=0.0)
     bound = bound_of(case.problem, of_stock)
     # Stock is what users have: its own error is shown, and held to no bound but that of being a number.
     right = [error <= bound or (c.provider == "stock" and math.isfinite(error)) for c, error in zip(columns, errors)]
-    samples = iter(interleave([c.call for c, good in zip(columns, right) if good], budget))
+    timed = [c for c, good in zip(columns, right) if good]
+    samples = iter(interleave([c.call for c in timed], budget, pools=[c.pool for c in timed]))
     return [_row(case, c, environment, error, bound, truth, next(samples) if good else None) for c, error, good in zip(columns, errors, right)]
+
+
+def _or_refused(make: Ours, operands: Operands) -> Contender:
+    """A contender, or one that stands for the refusal: no row is left out because nothing takes its problem."""
+    try:
+        return make(operands)
+    except Unsupported as refusal:
+        return Contender("faltung", operands.problem.format, tuple, str(refusal), "", refused=True)
 
 
 def _row(case: Case, contender: Contender, environment: Environment, error: float, bound: float, truth: Truth, sample: Sample | None) -> Row:
@@ -67,7 +77,7 @@ def _row(case: Case, contender: Contender, environment: Environment, error: floa
         provider=contender.provider,
         implementation=contender.implementation,
         provider_version=contender.version,
-        status="ok" if timed.runs else "wrong",
+        status="ok" if timed.runs else "refused" if contender.refused else "wrong",
         median=timed.median,
         p20=timed.p20,
         p80=timed.p80,

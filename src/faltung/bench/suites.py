@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING
 from ..problem import DIRECTIONS, DTYPES, FORMATS, ConvProblem, Direction, Format
 
 if TYPE_CHECKING:
+    from importlib.abc import Traversable
+
     import torch
 
 __all__ = ["Case", "Layer", "expand", "load_suite", "parse_layer", "record", "resolve", "suite_names"]
@@ -169,5 +171,5 @@ def _layer(suite: str, name: str, count: int, text: str) -> Layer:
     return Layer(suite, name, count, ConvProblem.parse(text), fixed)
 
 
-def _folder() -> resources.abc.Traversable:
+def _folder() -> Traversable:
     return resources.files(__package__) / "shapes"

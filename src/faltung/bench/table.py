@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 
 from rich.table import Table
@@ -10,9 +11,9 @@ from rich.table import Table
 from .rows import Row
 from .runner import comparisons
 
-__all__ = ["geometric_mean", "layer_table", "seconds", "summary"]
+__all__ = ["NOISE", "geometric_mean", "layer_table", "seconds", "summary"]
 
-_NOISE = 0.97
+NOISE = 0.97
 """A ratio above this is no loss: repeated medians of one call differ by about 3 % on a shared machine."""
 
 
@@ -29,26 +30,28 @@ def layer_table(rows: Sequence[Row], title: str = "") -> Table:
         table.add_column(heading, justify="right", no_wrap=True)
     for row, same, best in comparisons(rows):
         others = [_ratio(_best_of(rows, row, peer) / row.median) for peer in peers]
-        if row.status != "ok":
+        if row.status == "refused":
+            cells = ["[bold red]refused[/]", "", "", "", "", "", *("" for _ in peers)]
+        elif row.status != "ok":
             cells = ["[bold red]wrong[/]", "", "", f"[bold red]{row.error:.1e} > {row.bound:.0e}[/]", "", "", *("" for _ in peers)]
         else:
             spread = f"{seconds(row.p20)}-{seconds(row.p80)}"
             cells = [seconds(row.median), spread, f"{row.gflops:.0f}", f"{row.error:.0e}", _ratio(same), _ratio(best), *others]
-        table.add_row(row.layer + (f" x{row.count}" if row.count > 1 else ""), row.problem, row.implementation, *cells)
+        table.add_row(row.layer + (f" x{row.count}" if row.count > 1 else ""), row.problem.removesuffix(" wnhwc"), row.implementation, *cells)
     return table
 
 
 def summary(rows: Sequence[Row]) -> str:
     """Geometric means and losses, in a sentence."""
-    found = [(row, same, best) for row, same, best in comparisons(rows)]
+    found = comparisons(rows)
     timed = [(same, best) for row, same, best in found if row.status == "ok" and math.isfinite(same)]
-    if not timed:
-        return "no row with a time"
-    losses = sum(same < _NOISE for same, _ in timed)
-    wrong = sum(row.status != "ok" for row, _, _ in found)
-    text = f"{len(timed)} rows: geometric mean {geometric_mean([s for s, _ in timed]):.2f}x stock in the same format, "
-    text += f"{geometric_mean([b for _, b in timed]):.2f}x stock in its best format; slower than stock in the same format: {losses}"
-    return text + (f"; WRONG: {wrong}" if wrong else "")
+    parts = [f"{len(timed)} rows with a time"]
+    if timed:
+        same, best = [s for s, _ in timed], [b for _, b in timed]
+        parts.append(f"geometric mean {geometric_mean(same):.2f}x stock in the same format, {geometric_mean(best):.2f}x stock in its best format")
+        parts.append(f"slower than stock in the same format: {sum(s < NOISE for s in same)}")
+    counts = Counter(row.status for row, _, _ in found)
+    return "; ".join([*parts, *(f"{status.upper()}: {counts[status]}" for status in ("wrong", "refused") if counts[status])])
 
 
 def geometric_mean(values: Sequence[float]) -> float:
@@ -71,7 +74,7 @@ def _best_of(rows: Sequence[Row], row: Row, provider: str) -> float:
 def _ratio(value: float) -> str:
     if math.isnan(value):
         return ""
-    return f"[red]{value:.2f}[/]" if value < _NOISE else f"[green]{value:.2f}[/]"
+    return f"[red]{value:.2f}[/]" if value < NOISE else f"[green]{value:.2f}[/]"
 
 
 def _caption(rows: Sequence[Row]) -> str:
@@ -79,7 +82,8 @@ def _caption(rows: Sequence[Row]) -> str:
         return ""
     r = rows[0]
     checked = ", ".join(sorted({row.reference for row in rows}))
+    release = f"{r.faltung} ({r.commit})" if r.commit else r.faltung
     return (
-        f"{r.device} ({r.isa}), {r.threads} threads; faltung {r.faltung} {r.commit}, torch {r.torch}, Python {r.python}. Medians of interleaved runs; "
-        f"x stock: PyTorch's time over ours, in the same memory format and in its better one. Each result was checked first, against: {checked}."
+        f"{r.device} ({r.isa}), {r.threads} threads; faltung {release}, torch {r.torch}, Python {r.python}. Medians of interleaved runs; x stock: "
+        f"PyTorch's time over ours, in the same memory format and in its better one. Each result was checked first, against: {checked}."
     )

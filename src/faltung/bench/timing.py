@@ -25,26 +25,53 @@ class Sample:
     runs: int
 
 
-def interleave(calls: Sequence[Callable[[], object]], budget: float = 0.3, least: int = 3, most: int = 200) -> list[Sample]:
-    """Time ``calls`` in turns, so that a slow spell of the machine meets all of them.
+_SETTLE = 0.01
+"""Seconds for one engine's threads to fall asleep before another engine is timed: idle workers spin for a while, on the cores that the next one needs."""
 
-    Each call is warmed up, then sampled for about ``budget`` seconds, ``least`` to ``most`` times; a call that needs fewer samples than the others
-    has them spread over the whole run.
+
+def interleave(calls: Sequence[Callable[[], object]], budget: float = 0.3, least: int = 3, most: int = 200, pools: Sequence[str] | None = None) -> list[Sample]:
+    """Time ``calls`` in turns, so that a slow spell of the machine meets all of them; each was made once before, to warm it up.
+
+    Next in turn is always the call that has had the least time so far: calls of like duration alternate, and a slow one has its samples spread
+    over the whole run.  A call is done after ``budget`` seconds or ``most`` samples, but not before ``least``.
+
+    ``pools`` names the pool of threads that each call runs on, where there are several: a change of pools costs a pause and a call that is not
+    timed, so that a turn then takes a tenth of the budget.
     """
-    repeats, quotas = [], []
-    for call in calls:
-        call()
-        first = min(_time(call, 1) for _ in range(2))
-        repeats.append(max(1, math.ceil(_SHORTEST_SAMPLE / max(first, 1e-9))))
-        quotas.append(min(most, max(least, math.ceil(budget / (first * repeats[-1])))))
-    rounds = max(quotas, default=0)
+    pools = pools or [""] * len(calls)
+    repeats = [1] * len(calls)
     samples: list[list[float]] = [[] for _ in calls]
-    for turn in range(rounds):
-        for i in range(len(calls)):
-            j = (i + turn) % len(calls)  # nobody always follows the same neighbour
-            if (turn + 1) * quotas[j] // rounds > turn * quotas[j] // rounds:
-                samples[j].append(_time(calls[j], repeats[j]))
-    return [Sample(*(float(v) for v in np.percentile(values, [50, 20, 80])), runs=len(values)) for values in samples]
+    spent = [0.0] * len(calls)
+    for i, call in enumerate(calls):
+        first = _time(call, 1)
+        if first >= budget:
+            samples[i].append(first)
+            spent[i] = first
+        else:
+            repeats[i] = max(1, math.ceil(_SHORTEST_SAMPLE / max(1e-9, min(first, _time(call, 1)))))
+    turn = budget / 10 if len(set(pools)) > 1 else 0.0
+    running = None
+    waiting = set(range(len(calls)))
+    while waiting:
+        i = min(waiting, key=lambda j: (spent[j], j))
+        if running not in (None, pools[i]):
+            time.sleep(_SETTLE)
+            calls[i]()
+        running = pools[i]
+        until = spent[i] + turn
+        while i in waiting:
+            samples[i].append(_time(calls[i], repeats[i]))
+            spent[i] += samples[i][-1] * repeats[i]
+            if len(samples[i]) >= least and (spent[i] >= budget or len(samples[i]) >= most):
+                waiting.remove(i)
+            elif spent[i] >= until:
+                break
+    return [_summary(values) for values in samples]
+
+
+def _summary(values: Sequence[float]) -> Sample:
+    p20, median, p80 = (float(value) for value in np.percentile(values, [20, 50, 80]))
+    return Sample(median, p20, p80, len(values))
 
 
 def _time(call: Callable[[], object], repeats: int) -> float:

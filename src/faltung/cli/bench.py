@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, get_args
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from ..problem import DIRECTIONS, DTYPES, Direction, Format
+from ..problem import DIRECTIONS, DTYPES, FORMATS
 
 if TYPE_CHECKING:
     from ..bench.rows import Row
     from ..bench.suites import Case
 
 __all__ = ["bench", "measure"]
+
+T = TypeVar("T", bound=str)
 
 QUICK_BUDGET = 0.08
 """Seconds of measuring for each contender of ``--quick``: ten rows of three contenders stay well under 20 s."""
@@ -52,9 +54,9 @@ def bench(
         layers = resolve(names or ["baselines"])
         cases = expand(
             layers,
-            directions=_choices("direction", direction, get_args(Direction)),
+            directions=_choices("direction", direction, DIRECTIONS),
             dtypes=_choices("dtype", dtype or ["f32"], tuple(DTYPES)),
-            formats=_choices("format", fmt, get_args(Format)),
+            formats=_choices("format", fmt, FORMATS),
             batches=[int(n) for n in batch.split(",") if n],
         )
         chosen = _peers(peers)
@@ -102,12 +104,12 @@ def show(console: Console, rows: Sequence[Row], title: str = "") -> None:
     console.print(summary(rows), highlight=False)
 
 
-def _choices(name: str, given: Sequence[str] | None, known: tuple[str, ...]) -> tuple[object, ...]:
-    values = [part for text in given or known for part in text.split(",")]
-    for value in values:
-        if value not in known:
-            raise ValueError(f"{name} must be one of {', '.join(known)}; got {value!r}")
-    return tuple(dict.fromkeys(values))
+def _choices(name: str, given: Sequence[str] | None, known: tuple[T, ...]) -> tuple[T, ...]:
+    wanted = [part for text in given or known for part in text.split(",")]
+    for text in wanted:
+        if text not in known:
+            raise ValueError(f"{name} must be one of {', '.join(known)}; got {text!r}")
+    return tuple(value for value in known if value in wanted)
 
 
 def _peers(text: str) -> tuple[str, ...]:

@@ -22,7 +22,7 @@ LEAST_ACCURACY = 0.97
 
 def demo(
     data: Annotated[str, typer.Option(help="digits (scikit-learn's, no network needed) or mnist (torchvision's, fetched)")] = "digits",
-    epochs: Annotated[int | None, typer.Option(help="passes over the training images; 12 for digits, 1 for mnist", min=1, show_default=False)] = None,
+    epochs: Annotated[int | None, typer.Option(help="passes over the training images; 16 for digits, 1 for mnist", min=1, show_default=False)] = None,
     seed: Annotated[int, typer.Option(help="of the split, the weights and the order of the images")] = 0,
     output: Annotated[Path, typer.Option(help="folder for the pictures")] = Path("demo-output"),
     bench: Annotated[bool, typer.Option(help="end with the table of `faltung bench --quick`")] = True,
@@ -42,14 +42,14 @@ def demo(
         raise typer.Exit(2) from None
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
-    count = epochs or (1 if data == "mnist" else 12)
+    count = epochs or (1 if data == "mnist" else 16)
     console.print(f"{len(digits.train_x)} images of 28x28 to learn from, {len(digits.test_x)} to test on, {count} epochs", highlight=False)
 
     model, ours, stock = run_both(digits, epochs=count, seed=seed, console=console)
     console.print(comparison(ours, stock))
     pictures.kernels(model[0], output / "kernels.png")  # type: ignore[arg-type]
     pictures.feature_maps(model, digits.test_x[0], int(digits.test_y[0]), output / "feature-maps.png")
-    console.print(f"learned kernels: {output / 'kernels.png'}; feature maps of one digit: {output / 'feature-maps.png'}", highlight=False)
+    console.print(f"learned kernels: {output / 'kernels.png'}\nfeature maps of one digit: {output / 'feature-maps.png'}", highlight=False)
     if bench:
         _layer_table(console)
     if min(ours.accuracy, stock.accuracy) < LEAST_ACCURACY:

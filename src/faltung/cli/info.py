@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import fields
 
 from rich.console import Console
 from rich.table import Table
@@ -26,7 +26,8 @@ def facts() -> Iterator[tuple[str, str]]:
     """What ``faltung info`` prints, as names and values."""
     import torch
 
-    from ..bench.rows import commit, cpu_name
+    from .. import __version__, config
+    from ..bench.rows import commit, cpu_name, package_version
     from ..codegen.compile import cache_folder, cache_size
     from ..cpu.target import host_target
 
@@ -36,23 +37,15 @@ def facts() -> Iterator[tuple[str, str]]:
     yield "caches of one core", f"L1 {target.l1 >> 10} KiB, L2 {target.l2 >> 10} KiB"
     yield "threads", f"{torch.get_num_threads()} (torch.set_num_threads changes it)"
     yield "GPU", _gpu()
-    yield "faltung", " ".join(part for part in (_version("faltung"), commit()) if part)
+    yield "faltung", " ".join(part for part in (__version__, commit()) if part)
     yield "torch", torch.__version__
     for package in ("llvmlite", "triton", "numpy"):
-        yield package, _version(package)
+        yield package, package_version(package) or "not installed"
     yield "Python", f"{platform.python_version()} on {platform.platform()}"
     folder = cache_folder()
     yield "kernel cache", f"{folder}, {cache_size() / (1 << 20):.1f} MiB" if folder else "none: no private folder can be written"
-    yield from _options()
-
-
-def _options() -> Iterator[tuple[str, str]]:
-    from dataclasses import asdict
-
-    from .. import config
-
-    values = asdict(config.current())
-    yield "options", ", ".join(f"{name}={value}" for name, value in values.items())
+    options = config.current()
+    yield "options", ", ".join(f"{option.name}={getattr(options, option.name)}" for option in fields(options) if option.init)
 
 
 def _gpu() -> str:
@@ -62,10 +55,3 @@ def _gpu() -> str:
         return "none"
     properties = torch.cuda.get_device_properties(0)
     return f"{properties.name}, {properties.total_memory / (1 << 30):.0f} GiB, compute capability {properties.major}.{properties.minor}"
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"

@@ -43,12 +43,12 @@ def feature_maps(model: nn.Sequential, image: torch.Tensor, label: int, path: Pa
         second = model[3:7](first)
         named = int(model[7:](second).argmax(1))
     figure = Figure(figsize=(13, 5.6), layout="constrained")
-    left, middle, right = figure.subfigures(1, 3, width_ratios=[1.0, 2.2, 2.2])
+    left, middle, right = figure.subfigures(1, 3, width_ratios=[1.0, 1.1, 2.0], squeeze=False)[0]
     axis = left.subplots()
     axis.imshow(image[0].numpy(), cmap="gray")
     axis.set_axis_off()
     left.suptitle(f"A test image: {label}, named {named}")
-    _grid(middle, first[0], 6, f"After the first layer: {first.shape[1]} maps of {first.shape[2]}x{first.shape[3]}")
+    _grid(middle, first[0], 4, f"After the first layer: {first.shape[1]} maps of {first.shape[2]}x{first.shape[3]}")
     _grid(right, second[0], 8, f"After the second layer: {second.shape[1]} maps of {second.shape[2]}x{second.shape[3]}")
     _save(figure, path)
 

@@ -88,8 +88,8 @@ def train(
     epochs: int,
     seed: int,
     batch: int = 64,
-    rate: float = 0.02,
-    advance: Callable[[int, float], object] = lambda epoch, loss: None,
+    rate: float = 0.005,
+    advance: Callable[[int, float], object] | None = None,
 ) -> Run:
     """Train ``model`` by gradient descent with momentum on ``data``; the seed fixes the order and the shifts of the images.
 
@@ -114,7 +114,8 @@ def train(
                 run.first_step = passed
             else:
                 run.seconds += passed
-            advance(epoch, run.losses[-1])
+            if advance is not None:
+                advance(epoch, run.losses[-1])
     run.accuracy = accuracy(model, data)
     return run
 

@@ -1,0 +1,155 @@
+"""Tables and plots from CSV files: ``python -m faltung.bench.report benchmarks/results/*.csv --readme README.md``.
+
+Nothing in a table is typed by hand: what stands between the markers of a document is replaced.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..problem import DIRECTIONS, FORMATS, ConvProblem
+from .rows import Row, read_csv
+from .runner import comparisons
+from .table import NOISE, geometric_mean, seconds
+
+__all__ = ["BEGIN", "END", "detail_table", "insert", "layer_grid", "summary_lines"]
+
+BEGIN = "<!-- benchmark: begin (generated, see `make report`) -->"
+END = "<!-- benchmark: end -->"
+
+_TITLES = {"forward": "forward", "grad_input": "input gradient", "grad_weight": "weight gradient"}
+
+
+def report(
+    files: Annotated[list[Path], typer.Argument(help="CSV files of `faltung bench`")],
+    readme: Annotated[Path | None, typer.Option(help="document whose marked part becomes the table of one suite")] = None,
+    docs: Annotated[Path | None, typer.Option(help="document whose marked part becomes the table of every row")] = None,
+    plots: Annotated[Path | None, typer.Option(help="folder for ratios.png and roofline.png")] = None,
+    suite: Annotated[str, typer.Option(help="the suite of the README's table")] = "baselines",
+) -> None:
+    """Write tables into documents, and plots."""
+    rows = [row for file in files for row in read_csv(file)]
+    if readme is not None:
+        chosen = [row for row in rows if row.suite == suite] or rows
+        insert(readme, "\n".join([*summary_lines(chosen), "", *layer_grid(chosen), *_pictures(readme, plots)]))
+    if docs is not None:
+        insert(docs, "\n".join([*summary_lines(rows), *_pictures(docs, plots), "", *detail_table(rows)]))
+    if plots is not None:
+        from .plots import ratios, roofline
+
+        ratios(rows, plots / "ratios.png")
+        roofline(rows, plots / "roofline.png")
+
+
+def _pictures(document: Path, plots: Path | None) -> list[str]:
+    if plots is None:
+        return []
+    folder = os.path.relpath(plots, document.parent)
+    ratios_title, roof_title = "Stock PyTorch's time over faltung's, every row, sorted", "GFLOP/s against flops a byte, float32"
+    return ["", f"![{ratios_title}]({folder}/ratios.png)", "", f"![{roof_title}]({folder}/roofline.png)"]
+
+
+def insert(document: Path, text: str) -> None:
+    """Replace what stands between the markers of ``document``; raises ValueError where it has none."""
+    old = document.read_text(encoding="utf-8")
+    if BEGIN not in old or END not in old:
+        raise ValueError(f"{document} has no lines {BEGIN!r} and {END!r}")
+    head, rest = old.split(BEGIN, 1)
+    document.write_text(head + BEGIN + "\n" + text + "\n" + END + rest.split(END, 1)[1], encoding="utf-8")
+
+
+def summary_lines(rows: Sequence[Row]) -> list[str]:
+    """Where it was measured, and geometric means with the number of losses, by element type, direction and format."""
+    if not rows:
+        return ["Nothing was measured yet."]
+    machines = sorted(
+        {f"{r.device} ({r.isa}), {r.threads} threads, torch {r.torch}, faltung {r.faltung}{f' ({r.commit})' if r.commit else ''}, {r.time[:10]}" for r in rows}
+    )
+    lines = [*(f"Measured on: {machine}." for machine in machines), ""]
+    lines += ["| rows | number | x stock, same format | x stock, its best format | slower than stock, same format |", "|---|---|---|---|---|"]
+    compared = [(row, same, best) for row, same, best in comparisons(rows) if row.status == "ok" and math.isfinite(same)]
+    for dtype in dict.fromkeys(row.dtype for row, _, _ in compared):
+        for direction in DIRECTIONS:
+            for fmt in FORMATS:
+                part = [(s, b) for row, s, b in compared if (row.dtype, row.direction, row.format) == (dtype, direction, fmt)]
+                if part:
+                    lines.append(_summary_line(f"{dtype}, {_TITLES[direction]}, {fmt.upper()}", part))
+    lines.append(_summary_line("all", [(s, b) for _, s, b in compared]))
+    reasons = {"refused": "no implementation takes it", "wrong": "its result was outside the bound"}
+    untimed = [f"No time is shown for {row.provider} on `{row.problem}`: {reasons[row.status]}." for row in rows if row.status != "ok"]
+    return lines + (["", *untimed] if untimed else []) + _peer_lines(rows)
+
+
+def _summary_line(name: str, ratios: Sequence[tuple[float, float]]) -> str:
+    same, best = [s for s, _ in ratios], [b for _, b in ratios]
+    return f"| {name} | {len(ratios)} | {geometric_mean(same):.2f} | {geometric_mean(best):.2f} | {sum(s < NOISE for s in same)} |"
+
+
+def _peer_lines(rows: Sequence[Row]) -> list[str]:
+    best: dict[tuple[str, str], float] = {}
+    for row in rows:
+        if row.status == "ok":
+            best[row.provider, row.key] = min(row.median, best.get((row.provider, row.key), math.inf))
+    lines = []
+    for peer in sorted({row.provider for row in rows} - {"faltung", "stock"}):
+        ratios = [time / best["faltung", key] for (provider, key), time in best.items() if provider == peer and ("faltung", key) in best]
+        version = next(row.provider_version for row in rows if row.provider == peer)
+        if ratios:
+            slower = sum(ratio < NOISE for ratio in ratios)
+            lines.append(f"Against {peer} {version}, both in their best format: {geometric_mean(ratios):.2f}x on {len(ratios)} rows, slower on {slower}.")
+    return ["", *lines] if lines else []
+
+
+def layer_grid(rows: Sequence[Row]) -> list[str]:
+    """A Markdown table with a line for each layer: stock's time over ours in the same format, and our time; losses are bold."""
+    cells: dict[tuple[str, str], dict[tuple[str, str], str]] = {}
+    for row, same, _ in comparisons(rows):
+        text = f"{same:.2f}x ({seconds(row.median)})" if row.status == "ok" else row.status
+        cells.setdefault((row.layer, _label(row)), {})[row.direction, row.format] = f"**{text}**" if row.status != "ok" or same < NOISE else text
+    columns = [(direction, fmt) for direction in DIRECTIONS for fmt in FORMATS]
+    lines = ["| layer | " + " | ".join(f"{_TITLES[d]}, {f.upper()}" for d, f in columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for (_, label), found in cells.items():
+        lines.append(f"| {label} | " + " | ".join(found.get(column, "") for column in columns) + " |")
+    return lines
+
+
+def detail_table(rows: Sequence[Row]) -> list[str]:
+    """A Markdown table with a line for every one of our rows."""
+    lines = ["| suite | layer | problem | by | time | p20-p80 | GFLOP/s | error | x stock | x best stock |", "|---|---|---|---|---|---|---|---|---|---|"]
+    for row, same, best in comparisons(rows):
+        name = row.layer + (f" x{row.count}" if row.count > 1 else "")
+        if row.status == "ok":
+            figures = f"{seconds(row.median)} | {seconds(row.p20)}-{seconds(row.p80)} | {row.gflops:.0f} | {row.error:.0e} | {_bold(same)} | {_bold(best)}"
+        else:
+            figures = f"**{row.status}** | | | {row.error:.0e} | | "
+        lines.append(f"| {row.suite} | {name} | `{row.problem.removesuffix(' wnhwc')}` | {row.implementation} | {figures} |")
+    return lines
+
+
+def _bold(ratio: float) -> str:
+    return f"**{ratio:.2f}**" if ratio < NOISE else f"{ratio:.2f}"
+
+
+def _label(row: Row) -> str:
+    at = ConvProblem.parse(row.problem)
+    kind = f"{at.dtype} {at.n}x{at.c}x{at.h}x{at.w}"
+    kernel = f"{at.r}x{at.s}"
+    if at.depthwise and at.k == at.c:
+        kind += f", depthwise {kernel}"
+    else:
+        kind += f" to {at.k}, {kernel}" + (f", {at.g} groups" if at.g > 1 else "")
+    if at.stride != (1, 1):
+        kind += f", stride {at.stride[0]}"
+    if at.dilation != (1, 1):
+        kind += f", dilation {at.dilation[0]}"
+    return kind + ("" if at.padding_mode == "zeros" else f", {at.padding_mode}")
+
+
+if __name__ == "__main__":
+    typer.run(report)
