@@ -1,0 +1,146 @@
+"""Every CPU implementation by name over the table of problems: strict, counted, whole numbers exactly, others within the bound, memory watched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import cases
+import harness
+import numpy as np
+import pytest
+import torch
+
+from faltung import config, cpu, dispatch, testing
+from faltung.problem import DIRECTIONS, DTYPES, FORMATS, ConvProblem, Direction
+
+Predicate = Callable[[ConvProblem], bool]
+
+
+def _zero_padded(p: ConvProblem) -> bool:
+    return p.direction != "grad_input" or p.padding_mode == "zeros"
+
+
+def _winograd(p: ConvProblem) -> bool:
+    return p.dtype == "f32" and (p.r, p.s, p.stride, p.dilation, p.g) == (3, 3, (1, 1), (1, 1), 1)
+
+
+TAKES: dict[str, Predicate] = {
+    "direct": _zero_padded,
+    "folded": lambda p: not _zero_padded(p),
+    "pointwise": lambda p: _zero_padded(p) and (p.r, p.s, p.stride) == (1, 1, (1, 1)) and not any(p.padding) and p.direction != "grad_weight",
+    "depthwise": lambda p: _zero_padded(p) and p.depthwise,
+}
+"""Which problems an implementation takes, said independently of it: the sweeps hold every refusal against this."""
+
+MAY_REFUSE: dict[str, Predicate] = {"winograd": _winograd}
+"""Implementations that may refuse for reasons of profit, and the only problems that they may take."""
+
+BOUNDS = {"winograd": 1e-5}
+"""Relative L2 error of the algorithms that save multiplications."""
+
+
+def _names() -> list[str]:
+    return list(dict.fromkeys(i.name for i in cpu.IMPLEMENTATIONS))
+
+
+def test_every_implementation_is_in_the_sweep() -> None:
+    assert sorted(_names()) == sorted({*TAKES, *MAY_REFUSE} & set(_names()))
+    assert {"direct", "pointwise", "depthwise", "folded"} <= set(_names())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("section", cases.SECTIONS)
+@pytest.mark.parametrize("implementation", sorted(TAKES))
+def test_table(implementation: str, section: str, direction: Direction, dtype: str) -> None:
+    problems = list(cases.variants(section, direction, dtype))
+    assert len(problems) == len(cases.CASES[section]) * (4 if dtype == "f32" else 2)
+    taken = [p for p in problems if TAKES[implementation](p)]
+    outcome = harness.sweep(problems, implementation, harness.verify)
+    assert (outcome.ran, outcome.refused) == (len(taken), len(problems) - len(taken))
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("section", cases.SECTIONS)
+@pytest.mark.parametrize("implementation", sorted(set(MAY_REFUSE) & set(_names())))
+def test_table_of_fast_algorithms(implementation: str, section: str, direction: Direction) -> None:
+    problems = [p for dtype in DTYPES for p in cases.variants(section, direction, dtype)]
+    possible = {p for p in problems if MAY_REFUSE[implementation](p)}
+    bound = BOUNDS[implementation]
+    outcome = harness.Outcome()
+    failures = []
+    for plan in harness.accepted(problems, implementation, outcome):
+        assert plan.problem in possible, f"{implementation} took '{plan.problem}'"
+        failures.append(harness.verify(plan, exact=False, bound=bound))
+    assert not any(failures), "\n".join(filter(None, failures))
+    assert outcome.ran + outcome.refused == len(problems)
+    if direction == "forward" and section in ("named", "channels"):
+        assert outcome.ran >= len(possible) // 4, f"{implementation} took only {outcome.ran} of {len(possible)} problems"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shift", (1, 3))
+def test_addresses_aligned_to_their_element_only(dtype: str, shift: int) -> None:
+    ran = 0
+    for implementation in sorted(TAKES):
+        problems = [
+            cases.problem(case, direction, dtype, fmt, "nchw", bias=direction != "grad_input")
+            for case in cases.TARGET_CASES
+            for direction in DIRECTIONS
+            for fmt in FORMATS
+        ]
+        taken = [p for p in problems if TAKES[implementation](p)]
+        ran += harness.sweep(taken, implementation, lambda plan: harness.verify(plan, shift=shift)).ran
+        assert taken
+    assert ran >= len(cases.TARGET_CASES) * 6
+
+
+def test_the_order_chooses_and_the_plan_says_who() -> None:
+    """Without a name the ordered list decides; every problem of the table has a plan in every direction."""
+    chosen: dict[str, int] = {}
+    with config.override(precision="strict"):
+        for section in cases.SECTIONS:
+            for direction in DIRECTIONS:
+                for case in cases.CASES[section]:
+                    decision = dispatch.decide(cases.problem(case, direction, "f32", "nchw", "nchw"), "cpu", 2)
+                    assert decision.plan.implementation in TAKES
+                    assert TAKES[decision.plan.implementation](decision.plan.problem)
+                    chosen[decision.plan.implementation] = chosen.get(decision.plan.implementation, 0) + 1
+    assert sum(chosen.values()) == 3 * sum(map(len, cases.CASES.values()))
+    assert set(chosen) == set(TAKES)
+
+
+def test_unknown_implementation_is_refused_by_name() -> None:
+    problem = ConvProblem.parse("n1c1h4w4k1r1s1")
+    with config.override(implementation="no such"), pytest.raises(ValueError, match="no such"):
+        dispatch.plan(problem)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("case", ("n1c5h9w11k7r3s3 p1", "n1c3h9w21k17r3s3 p2 st2", "n1c5h7w9k6r1s1", "n1c6h9w9k6r3s3 p1 g6"))
+@pytest.mark.parametrize("value", (float("nan"), float("inf")))
+def test_nan_and_infinity_reach_what_they_touch(value: float, case: str, fmt: str, direction: Direction) -> None:
+    """One value that is not finite: exactly the results that read it are not finite."""
+    problem = cases.problem(case, direction, "f32", fmt, "nchw")  # type: ignore[arg-type]
+    ran = 0
+    for implementation in sorted(TAKES):
+        if not TAKES[implementation](problem):
+            continue
+        inputs = testing.make_inputs(problem, integers=True)
+        inputs = testing.Inputs(*(t + 3 for t in (inputs.x, inputs.w, inputs.bias, inputs.gy)))  # no zeros: infinity stays infinity
+        source = inputs.gy if direction == "grad_input" else inputs.x
+        where = tuple(size // 2 for size in source.shape)
+        marks = torch.zeros_like(source)
+        marks[where] = 1.0
+        source[where] = value
+        ones = testing.Inputs(*(torch.ones_like(t) for t in (inputs.x, inputs.w, inputs.bias, inputs.gy)))
+        ones = replace(ones, **{"gy" if direction == "grad_input" else "x": marks})
+        (got,) = harness.launch(harness.plan_named(implementation, problem), inputs)
+        (touched,) = testing.exact(problem, ones)
+        assert torch.equal(~got.isfinite(), touched != 0), f"{implementation} '{problem}'"
+        if np.isinf(value):
+            assert not got.isnan().any()
+        ran += 1
+    assert ran >= 1

@@ -1,0 +1,115 @@
+"""Every instruction set: those of this machine run, AArch64 is assembled, and run under emulation where the tools for it are installed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import cases
+import emulated
+import harness
+import pytest
+import torch
+from test_kernels import TAKES
+
+from faltung import testing
+from faltung.codegen.load import Kernel
+from faltung.cpu import target
+from faltung.problem import DIRECTIONS, DTYPES, FORMATS, ConvProblem
+
+RUNNABLE = target.runnable_targets()
+
+
+def _problems(dtype: str) -> list[ConvProblem]:
+    return [
+        cases.problem(case, direction, dtype, fmt, FORMATS[position % 2], bias=direction != "grad_input")
+        for position, case in enumerate(cases.TARGET_CASES)
+        for direction in DIRECTIONS
+        for fmt in FORMATS
+    ]
+
+
+@pytest.mark.parametrize("implementation", sorted(TAKES))
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("isa", RUNNABLE)
+def test_table_on_every_instruction_set(isa: str, dtype: str, implementation: str) -> None:
+    taken = [p for p in _problems(dtype) if TAKES[implementation](p)]
+    with target.use_target(isa):
+        plans = []
+
+        def check(plan: object) -> str | None:
+            plans.append(plan.describe()["isa"])  # type: ignore[attr-defined]
+            return harness.verify(plan)  # type: ignore[arg-type]
+
+        outcome = harness.sweep(taken, implementation, check)
+    assert (outcome.ran, outcome.refused) == (len(taken), 0)
+    assert set(plans) == {isa}
+    assert len(taken) >= 2
+
+
+def test_the_targets_of_an_x86_machine_are_all_here() -> None:
+    """On a machine with AVX-512 nothing of x86 goes unrun."""
+    if "avx512" in RUNNABLE:
+        assert RUNNABLE == ("avx512", "avx2", "sse2")
+    assert isinstance(harness.plan_named("direct", ConvProblem.parse(cases.TARGET_CASES[0])).kernel, Kernel)  # type: ignore[attr-defined]
+
+
+def test_use_target_is_left_again() -> None:
+    before = target.target()
+    with target.use_target("sse2") as inside:
+        assert target.target() == inside == target.TARGETS["sse2"]
+    assert target.target() == before
+
+
+# --- AArch64 --------------------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_aarch64_assembles_for_every_family(dtype: str) -> None:
+    assembled, families = 0, set()
+    with target.use_target("neon"), emulated.assembled() as objects:
+        for problem in _problems(dtype):
+            for implementation, takes in TAKES.items():
+                if takes(problem):
+                    harness.plan_named(implementation, problem, 1)
+                    assembled += 1
+                    families.add((implementation, problem.direction))
+    assert assembled == sum(takes(p) for p in _problems(dtype) for takes in TAKES.values())
+    assert {name for name, _ in families} == set(TAKES)
+    assert len(objects) >= 20
+    for name, code in objects.items():
+        assert code[:4] == b"\x7fELF", name
+        assert int.from_bytes(code[18:20], "little") == 183, name  # EM_AARCH64
+    assert target.target().isa != "neon"
+
+
+@pytest.mark.skipif("neon" in RUNNABLE, reason="this machine runs AArch64 code itself")
+@pytest.mark.skipif(not (emulated.EMULATOR and emulated.COMPILER), reason="needs qemu-aarch64 and aarch64-linux-gnu-gcc")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_aarch64_runs_under_emulation(dtype: str, tmp_path: Path) -> None:
+    problems = _problems(dtype) if dtype == "f32" else _problems(dtype)[::5]
+    ran, failures = 0, []
+    with target.use_target("neon"), emulated.assembled():
+        for problem in problems:
+            for implementation in ("direct", "pointwise", "depthwise"):
+                if not TAKES[implementation](problem):
+                    continue
+                plan = harness.plan_named(implementation, problem, 1)
+                inputs = testing.make_inputs(problem, integers=True)
+                wanted = testing.rounded(problem, testing.exact(problem, inputs))
+                found = emulated.run_emulated(plan, inputs, tmp_path)
+                ran += 1
+                if not all(torch.equal(got, want) for got, want in zip(found, wanted, strict=True)):
+                    failures.append(f"{implementation} '{problem}'")
+    assert not failures, "\n".join(failures)
+    assert ran == sum(TAKES[i](p) for p in problems for i in ("direct", "pointwise", "depthwise"))
+    assert ran >= len(problems) // 2
+
+
+def test_a_target_changes_the_code_and_the_cache_key() -> None:
+    """Two targets of one instruction set are two kernels."""
+    from faltung.codegen.compile import _key
+
+    base = target.TARGETS["avx2"]
+    others = [replace(base, cpu="znver3"), replace(base, features="-bmi2"), target.TARGETS["sse2"], target.TARGETS["neon"]]
+    assert len({_key("text", machine) for machine in (base, *others)}) == 5

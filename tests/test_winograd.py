@@ -1,0 +1,256 @@
+"""Winograd convolution against a float64 oracle: sizes around the tiles, padding, formats, targets, orders, accuracy, infinities."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from faltung import config, dispatch
+from faltung.cpu import target as targets
+from faltung.cpu import winograd, winograd_tiling
+from faltung.cpu.winograd_transform import ERROR_LIMIT, F2, F4, Algorithm, reduction_piece
+from faltung.problem import ConvProblem, Epilogue
+
+CANARY = 12345.678
+MARGIN = 64
+ALGORITHMS = {"F2": F2, "F4": F4}
+
+
+def operands(problem: ConvProblem, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x, w, bias, gradient of y, row-major."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = (problem.input_shape, problem.weight_shape, (problem.k,), problem.output_shape)
+    x, w, b, gy = (torch.randn(shape, generator=generator) for shape in shapes)
+    return x, w, b, gy
+
+
+def oracle(problem: ConvProblem, x: torch.Tensor, w: torch.Tensor, b: torch.Tensor, gy: torch.Tensor) -> torch.Tensor:
+    mode = "constant" if problem.padding_mode == "zeros" else problem.padding_mode
+    x = x.double().requires_grad_()
+    bias = b.double() if problem.epilogue.bias else None
+    y = F.conv2d(F.pad(x, problem.padding, mode=mode), w.double(), bias)
+    if problem.direction == "forward":
+        return y.detach()
+    return torch.autograd.grad(y, x, gy.double())[0]
+
+
+def in_memory(values: torch.Tensor, memory_format: str) -> torch.Tensor:
+    """The elements in the order of a memory format, flat."""
+    return (values.permute(0, 2, 3, 1) if memory_format == "nhwc" else values).contiguous().flatten()
+
+
+def launch(problem: ConvProblem, data: tuple[torch.Tensor, ...], configuration: winograd_tiling.WinogradConfig, threads: int = 2) -> torch.Tensor:
+    """The result, from a poisoned workspace into a poisoned output between canaries."""
+    x, w, b, gy = data
+    forward = problem.direction == "forward"
+    n, c, h, width = problem.output_shape if forward else problem.input_shape
+    source, weight = in_memory(x if forward else gy, problem.format), in_memory(w, problem.weight_format)
+    size = n * c * h * width
+    out = torch.full((size + 2 * MARGIN,), CANARY)
+    out[MARGIN:-MARGIN] = torch.nan
+    with config.override(poison=True):
+        plan = winograd.build_plan(problem, targets.target(), threads, configuration, "winograd")
+    plan.launch(source.data_ptr(), weight.data_ptr(), b.data_ptr() if problem.epilogue.bias else 0, out.data_ptr() + 4 * MARGIN)
+    assert (out[:MARGIN] == CANARY).all()
+    assert (out[-MARGIN:] == CANARY).all()
+    inner = out[MARGIN:-MARGIN]
+    return inner.view(n, h, width, c).permute(0, 3, 1, 2) if problem.format == "nhwc" else inner.view(n, c, h, width)
+
+
+def relative(result: torch.Tensor, want: torch.Tensor) -> float:
+    return float((result.double() - want).norm() / want.norm())
+
+
+def configurations(problem: ConvProblem, algorithm: Algorithm, threads: int = 2) -> list[winograd_tiling.WinogradConfig]:
+    return list(winograd_tiling.candidates(problem, targets.target(), threads, algorithm))
+
+
+def check(problem: ConvProblem, algorithm: Algorithm, every: bool = False) -> None:
+    """The best configuration of each order, or every one, is within the bound; all give the same bits, on one thread and on two."""
+    data = operands(problem)
+    want = oracle(problem, *data)
+    found = sorted(configurations(problem, algorithm), key=lambda c: c.cycles)
+    if not every:
+        found = [next(c for c in found if c.order == order) for order in ("tiles", "filters")]
+    first = launch(problem, data, found[0], 1)
+    channels = problem.c if problem.direction == "forward" else problem.k
+    assert relative(first, want) <= algorithm.error_bound(channels)
+    for configuration in found:
+        assert torch.equal(launch(problem, data, configuration, 2), first), configuration
+
+
+def with_direction(text: str, direction: str) -> ConvProblem:
+    problem = ConvProblem.parse(text)
+    if direction == "forward":
+        return problem
+    return replace(problem, direction="grad_input", epilogue=Epilogue(), padding_mode="zeros")
+
+
+@pytest.mark.parametrize("direction", ["forward", "grad_input"])
+@pytest.mark.parametrize("memory_format", ["nchw", "nhwc"])
+@pytest.mark.parametrize("algorithm", list(ALGORITHMS))
+def test_sizes_around_the_tiles(algorithm: str, memory_format: str, direction: str) -> None:
+    for i, size in enumerate([1, 2, 3, 4, 5, 6, 7, 8, 9, 13, 14, 15, 16, 17, 23, 31, 67]):
+        other = [3, 14, 1, 7, 4][i % 5]
+        h, w = (size, other) if i % 2 else (other, size)
+        check(with_direction(f"{memory_format} n{1 + i % 3}c16h{h}w{w}k16r3s3 p1 bias", direction), ALGORITHMS[algorithm])
+
+
+@pytest.mark.parametrize("direction", ["forward", "grad_input"])
+@pytest.mark.parametrize("weight_format", ["wnchw", "wnhwc"])
+@pytest.mark.parametrize("memory_format", ["nchw", "nhwc"])
+@pytest.mark.parametrize("channels", ["c16h9w7k16", "c17h8w9k40", "c40h6w11k17", "c33h7w5k80", "c80h5w7k65", "c64h14w14k96", "c130h6w6k144"])
+def test_channels(channels: str, memory_format: str, weight_format: str, direction: str) -> None:
+    check(with_direction(f"{memory_format} {weight_format} n2{channels}r3s3 p1 bias", direction), F4)
+
+
+@pytest.mark.parametrize("memory_format", ["nchw", "nhwc"])
+@pytest.mark.parametrize("padding", ["0,0,0,0", "2,0,1,3", "0,2,2,0", "3,1,0,2", "-1,2,1,-1"])
+@pytest.mark.parametrize("mode", ["zeros", "reflect", "replicate", "circular"])
+def test_padding(mode: str, padding: str, memory_format: str) -> None:
+    if mode != "zeros" and "-" in padding:
+        pytest.skip("negative padding is for zeros")
+    problem = ConvProblem.parse(f"{memory_format} n2c16h7w18k16r3s3 p{padding} {mode} bias")
+    check(problem, F4)
+    if mode == "zeros":
+        check(replace(problem, direction="grad_input", epilogue=Epilogue()), F4)
+
+
+@pytest.mark.parametrize("memory_format", ["nchw", "nhwc"])
+@pytest.mark.parametrize("algorithm", list(ALGORITHMS))
+def test_every_configuration_gives_the_same_bits(algorithm: str, memory_format: str) -> None:
+    check(ConvProblem.parse(f"{memory_format} n3c144h14w14k160r3s3 p1 bias"), ALGORITHMS[algorithm], every=True)
+
+
+@pytest.mark.parametrize("isa", targets.runnable_targets())
+@pytest.mark.parametrize("memory_format", ["nchw", "nhwc"])
+def test_targets(memory_format: str, isa: str) -> None:
+    with targets.use_target(isa):
+        for algorithm in (F2, F4):
+            for direction in ("forward", "grad_input"):
+                check(with_direction(f"{memory_format} n2c21h13w18k35r3s3 p1 bias", direction), algorithm)
+                check(with_direction(f"{memory_format} wnhwc n1c16h6w19k48r3s3 p1 bias", direction), algorithm)
+
+
+def test_neon_is_generated() -> None:
+    from faltung.codegen.compile import assembly
+
+    neon = targets.TARGETS["neon"]
+    kernel = winograd.WinogradKernel(neon, 4, "nhwc", "nchw", False, "tiles", 6, 4, False)
+    assert "fmla" in assembly(kernel.emit(), neon)
+
+
+def test_gemm_has_no_spills() -> None:
+    from faltung.codegen.compile import assembly
+    from faltung.codegen.emit import Module
+    from faltung.codegen.numeric import Numeric
+    from faltung.cpu.winograd_gemm import emit_gemm, gemm_rows
+
+    for isa in ("avx512", "avx2"):
+        target = targets.TARGETS[isa]
+        for vectors in (2, 3, 4) if isa == "avx512" else (2, 3):
+            module = Module()
+            emit_gemm(module, Numeric("f32", target), gemm_rows(target.registers, vectors), vectors).public = True
+            lines = [line for line in assembly(str(module), target).splitlines() if "(%rsp)" in line and "mm" in line]
+            assert not lines, (isa, vectors)
+
+
+@pytest.mark.parametrize("algorithm", list(ALGORITHMS))
+def test_transforms_are_exact(algorithm: str) -> None:
+    """The matrices compute a 3-tap correlation exactly, in rational arithmetic."""
+    a = ALGORITHMS[algorithm]
+    d = [Fraction(i * i - 3 * i + 1, 7) for i in range(a.n)]
+    g = [Fraction(2), Fraction(-3, 5), Fraction(1, 3)]
+    transformed = [sum(x * y for x, y in zip(row, d)) * sum(x * y for x, y in zip(filters, g)) for row, filters in zip(a.input_matrix, a.filter_matrix)]
+    result = [sum(x * y for x, y in zip(row, transformed)) for row in a.output_matrix]
+    assert result == [sum(g[t] * d[i + t] for t in range(3)) for i in range(a.m)]
+    for matrix in (a.input_matrix, a.output_matrix):
+        assert all(float(np.float32(float(x))) == x for row in matrix for x in row)
+
+
+@pytest.mark.parametrize("channels", [16, 64, 256, 600])
+def test_error_is_bounded_and_near_the_direct_one(channels: int) -> None:
+    problem = ConvProblem.parse(f"nhwc n1c{channels}h16w16k32r3s3 p1")
+    data = operands(problem, 1)
+    want = oracle(problem, *data)
+    for algorithm in (F2, F4):
+        error = relative(launch(problem, data, configurations(problem, algorithm)[0]), want)
+        bound = algorithm.error_bound(channels)
+        assert bound / 20 < error <= bound / 1.5 <= ERROR_LIMIT
+
+
+def test_bound_holds_for_positive_operands() -> None:
+    """Means far from zero make partial sums grow faster than random ones do."""
+    problem = ConvProblem.parse("nhwc n1c256h12w12k32r3s3 p1")
+    x, w, b, gy = (t.abs() for t in operands(problem))
+    for algorithm in (F2, F4):
+        result = launch(problem, (x, w, b, gy), configurations(problem, algorithm)[0])
+        assert relative(result, oracle(problem, x, w, b, gy)) <= ERROR_LIMIT
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+def test_what_is_not_finite_never_becomes_finite(value: float) -> None:
+    problem = ConvProblem.parse("nhwc n1c16h12w12k16r3s3 p1")
+    x, w, b, gy = operands(problem)
+    x[0, 3, 5, 6] = value
+    for algorithm in (F2, F4):
+        result = launch(problem, (x, w, b, gy), configurations(problem, algorithm)[0])
+        reached = ~torch.isfinite(oracle(problem, x, w, b, gy))
+        assert not torch.isfinite(result[reached]).any()
+        m = algorithm.m
+        # Only tiles whose input holds the value are touched.
+        touched = torch.zeros(12, 12, dtype=torch.bool)
+        for p in range(0, 12, m):
+            for q in range(0, 12, m):
+                if p - 1 <= 5 < p + m + 1 and q - 1 <= 6 < q + m + 1:
+                    touched[p : p + m, q : q + m] = True
+        assert torch.isfinite(result[:, :, ~touched]).all()
+
+
+def test_refusals_name_their_reason() -> None:
+    def reason(text: str) -> str:
+        with pytest.raises(dispatch.Unsupported) as caught:
+            winograd.WINOGRAD.plan(ConvProblem.parse(text), 2)
+        return str(caught.value)
+
+    base = "n8c64h56w56k64r3s3 p1"
+    assert "stride" in reason(base + " st2")
+    assert "dilation" in reason(base + " d2")
+    assert "group" in reason(base + " g2")
+    assert "float32" in reason(base + " f64")
+    assert "channels" in reason("n8c8h56w56k64r3s3 p1")
+    assert "padding mode" in reason(base + " reflect grad_input")
+    assert "3x3" in reason("n8c64h56w56k64r5s5 p2")
+    with config.override(precision="strict"):
+        assert "strict" in reason(base)
+
+
+@pytest.mark.parametrize("direction", ["forward", "grad_input"])
+def test_choice(direction: str) -> None:
+    """Large layers are taken with F(4x4); under ``reproducible`` the choice depends on neither batch nor threads."""
+    for text in ("n8c64h56w56k64r3s3 p1", "n8c256h14w14k256r3s3 p1", "nhwc n1c512h28w28k512r3s3 p1"):
+        plan = winograd.WINOGRAD.plan(replace(ConvProblem.parse(text), direction=direction), 2)
+        assert plan.describe()["tile"] == "4x4"
+    with config.override(reproducible=True):
+        for text in ("c64h14w14k64r3s3 p1", "c256h7w7k256r3s3 p1", "c32h6w6k512r3s3 p1"):
+            chosen = set()
+            for n in (1, 2, 8, 64):
+                for threads in (1, 2, 16):
+                    try:
+                        chosen.add(str(winograd.WINOGRAD.plan(replace(ConvProblem.parse(f"n{n}{text}"), direction=direction), threads).describe()["tile"]))
+                    except dispatch.Unsupported:
+                        chosen.add("direct")
+            assert len(chosen) == 1
+
+
+def test_pieces_of_the_reduction() -> None:
+    for channels in range(16, 3000):
+        piece = reduction_piece(channels)
+        count = channels // piece
+        assert 16 <= piece <= 96
+        assert piece <= channels - (count - 1) * piece < 2 * piece
