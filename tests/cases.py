@@ -167,9 +167,7 @@ CASES: dict[str, tuple[str, ...]] = {
         "n1c5h7w9k5r2s4 g5 p1x2",
     ),
     # Each line once gave a wrong answer; its comment says why.
-    "regressions": (
-        "n1c1h1w1k2r1s1 p1 st2",
-    ),
+    "regressions": ("n1c1h1w1k2r1s1 p1 st2",),
 }
 """Problem strings by section."""
 
@@ -186,7 +184,8 @@ TARGET_CASES: tuple[str, ...] = (
     "n1c6h6w7k10r3s3 p1 g2",
     "n1c9h6w19k9r3s3 p1 g9",
     "n1c5h9w10k10r5s5 p2 g5 st2",
-    "n1c16h8w8k16r3s3 p1",
+    "n1c18h7w9k17r3s3 p1",
+    "n1c16h6w7k16r3s3 p1 g8",
 )
 """What is run on every instruction set of the machine: one problem for every way through the generators."""
 

@@ -10,10 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import harness
 import numpy as np
 import torch
 
+import harness
 from faltung import testing
 from faltung.codegen import load as loader
 from faltung.cpu.target import TARGETS, Target

@@ -52,9 +52,14 @@ def _unit(path: Path) -> str:
 
 
 def _imports(path: Path) -> Iterator[str]:
-    """Absolute names of what a file imports."""
+    """Absolute names of what a file imports when it runs: annotations may name what stands above."""
     package = ["faltung", *path.relative_to(PACKAGE).parts[:-1]]
-    for node in ast.walk(ast.parse(path.read_text())):
+    tree = ast.parse(path.read_text())
+    blocks = [node for node in ast.walk(tree) if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"]
+    unused = {id(child) for block in blocks for statement in block.body for child in ast.walk(statement)}
+    for node in ast.walk(tree):
+        if id(node) in unused:
+            continue
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -145,7 +145,7 @@ def test_subclasses_stay_subclasses() -> None:
 class Logged(Tensor):
     """A wrapper with its own dispatch, as those of sharded and quantized tensors are."""
 
-    seen: list[str] = []
+    seen: ClassVar[list[str]] = []
     inner: Tensor
     __torch_function__ = torch._C._disabled_torch_function_impl
 

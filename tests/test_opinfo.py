@@ -12,11 +12,17 @@ from torch.testing._internal.common_methods_invocations import op_db
 from torch.testing._internal.common_modules import module_db
 
 import faltung
+from faltung.testing import thread_count
 from support import DTYPES, compare_with_stock, double
 
 CONV2D = next(op for op in op_db if op.name == "nn.functional.conv2d")
 MODULE = next(info for info in module_db if info.module_cls is torch.nn.Conv2d)
-CALLS = [faltung.conv2d, torch.ops.faltung]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    with thread_count(1):  # hundreds of tiny calls: threads would only wait for each other
+        yield
 
 
 def _samples(dtype: torch.dtype) -> list[Any]:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import cases
-import harness
 import pytest
 import torch
-from test_kernels import TAKES
 
+import cases
+import harness
 from faltung import config, dispatch, testing
 from faltung.problem import DIRECTIONS, DTYPES, FORMATS, ConvProblem, Direction, Format
+from implementations import applicable
 
 CASES = (
     "n3c5h9w17k37r3s3 p1",
@@ -24,6 +24,7 @@ CASES = (
     "n3c9h6w19k9r3s3 p1 g9",
     "n3c3h5w6k4r3s3 p1,2,0,1 reflect",
     "n3c8h33w35k8r3s3 p1",
+    "n3c48h20w20k48r3s3 p1",
 )
 THREADS = (2, 3, 4)
 
@@ -45,12 +46,11 @@ def test_same_bits_on_every_run(direction: Direction, dtype: str) -> None:
     ran = 0
     for problem in _problems(direction, dtype):
         inputs = testing.make_inputs(problem)
-        for implementation, takes in TAKES.items():
-            if takes(problem):
-                plan = harness.plan_named(implementation, problem, threads=4)
-                first = harness.launch(plan, inputs)
-                assert all(harness.equal_bits(first, harness.launch(plan, inputs)) for _ in range(4)), f"{implementation} '{problem}'"
-                ran += 1
+        for implementation in applicable(problem):
+            plan = harness.plan_named(implementation, problem, threads=4)
+            first = harness.launch(plan, inputs)
+            assert all(harness.equal_bits(first, harness.launch(plan, inputs)) for _ in range(4)), f"{implementation} '{problem}'"
+            ran += 1
     assert ran >= 2 * len(CASES)
 
 
@@ -60,12 +60,11 @@ def test_same_bits_for_any_number_of_threads(direction: Direction, dtype: str) -
     ran = 0
     for problem in _problems(direction, dtype):
         inputs = testing.make_inputs(problem)
-        for implementation, takes in TAKES.items():
-            if takes(problem):
-                alone = _bits(problem, implementation, 1, inputs)
-                for threads in THREADS:
-                    assert harness.equal_bits(alone, _bits(problem, implementation, threads, inputs)), f"{implementation} '{problem}', {threads} threads"
-                ran += 1
+        for implementation in applicable(problem):
+            alone = _bits(problem, implementation, 1, inputs)
+            for threads in THREADS:
+                assert harness.equal_bits(alone, _bits(problem, implementation, threads, inputs)), f"{implementation} '{problem}', {threads} threads"
+            ran += 1
     assert ran >= 2 * len(CASES)
 
 
@@ -84,13 +83,12 @@ def test_an_image_in_a_batch_is_the_image_alone(threads: int, direction: Directi
     for problem in _problems(direction, dtype):
         inputs = testing.make_inputs(problem)
         single = replace(problem, n=1)
-        for implementation, takes in TAKES.items():
-            if takes(problem):
-                (batch,) = _bits(problem, implementation, threads, inputs)
-                for index in range(problem.n):
-                    (alone,) = _bits(single, implementation, threads, _image(problem, inputs, index))
-                    assert harness.equal_bits(testing.Result(batch[index : index + 1]), testing.Result(alone)), f"{implementation} '{problem}', image {index}"
-                ran += 1
+        for implementation in applicable(problem):
+            (batch,) = _bits(problem, implementation, threads, inputs)
+            for index in range(problem.n):
+                (alone,) = _bits(single, implementation, threads, _image(problem, inputs, index))
+                assert harness.equal_bits(testing.Result(batch[index : index + 1]), testing.Result(alone)), f"{implementation} '{problem}', image {index}"
+            ran += 1
     assert ran >= 2 * len(CASES)
 
 

@@ -8,12 +8,12 @@ import sys
 import threading
 from pathlib import Path
 
-import cases
-import harness
 import pytest
 import torch
 
+import cases
 import faltung
+import harness
 from faltung import testing
 from faltung.problem import DIRECTIONS, ConvProblem
 

@@ -76,10 +76,11 @@ def problems(draw: st.DrawFn) -> ConvProblem:
     stride, dilation = ((draw(st.integers(1, 5)), draw(st.integers(1, 5))) for _ in range(2))
     g = draw(st.sampled_from((1, 1, 2, 3)))
     direction: Direction = draw(st.sampled_from(("forward", "grad_input")))
-    problem = ConvProblem(
-        draw(st.integers(1, 3)), g * draw(st.integers(1, 40)), h, w, g * draw(st.integers(1, 70)), r, s, stride, (sides[0], sides[1], sides[2], sides[3]), dilation,
-        g, mode if direction == "forward" else "zeros", draw(st.sampled_from(("f32", "f64", "bf16", "f16"))), draw(st.sampled_from(FORMATS)), "nchw", direction,
-    )  # fmt: skip
+    n, c, k = draw(st.integers(1, 3)), g * draw(st.integers(1, 40)), g * draw(st.integers(1, 70))
+    padding = (sides[0], sides[1], sides[2], sides[3])
+    dtype, fmt = draw(st.sampled_from(("f32", "f64", "bf16", "f16"))), draw(st.sampled_from(FORMATS))
+    mode = mode if direction == "forward" else "zeros"
+    problem = ConvProblem(n, c, h, w, k, r, s, stride, padding, dilation, g, mode, dtype, fmt, "nchw", direction)
     rows, columns = problem.effective_kernel
     assume(h + sides[2] + sides[3] >= rows and w + sides[0] + sides[1] >= columns)
     return problem

@@ -149,9 +149,9 @@ def _crops_before_wrapping(form: Arguments) -> bool:
 def _operator(x: Tensor, weight: Tensor, bias: Tensor | None, form: Arguments) -> Tensor:
     if _crops_before_wrapping(form):
         # PyTorch crops by negative padding first, and wraps around what is left
-        left, right, top, bottom = (min(p, 0) for p in form.padding)
-        x = x[..., -top : x.shape[-2] + bottom, -left : x.shape[-1] + right]
-        form = form._replace(padding=tuple(max(p, 0) for p in form.padding))
+        left, right, top, bottom = form.padding
+        x = x[..., max(-top, 0) : x.shape[-2] + min(bottom, 0), max(-left, 0) : x.shape[-1] + min(right, 0)]
+        form = form._replace(padding=(max(left, 0), max(right, 0), max(top, 0), max(bottom, 0)))
         check(x.shape, weight.shape, None, form)
     if x.dim() == 3:
         return ops.forward(x.unsqueeze(0), weight, bias, *form).squeeze(0)

@@ -48,7 +48,7 @@ def bounded(cache: dict[Any, V], key: Any, value: V) -> V:
     return value
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@torch.compiler.assume_constant_result
 def has_engine(device_type: str) -> bool:
     """Whether there are kernels for tensors of this device type."""
     return dispatch.available(device_type)

@@ -53,6 +53,15 @@ class Numeric:
     def converts(self) -> bool:
         return self.dtype in ("bf16", "f16")
 
+    @property
+    def pairs(self) -> bool:
+        """Whether matrix-like algorithms multiply bfloat16 as it is, two terms of the reduction in one 32-bit element."""
+        return self.dtype == "bf16" and self.target.bfloat16_dot
+
+    def elements(self, terms: int) -> int:
+        """Elements of the compute type's size that ``terms`` terms of a reduction take."""
+        return -(-terms // 2) if self.pairs else terms
+
     def load(self, f: Function, pointer: Value, lanes: int, mask: Value | None = None) -> Value:
         """``lanes`` elements in the compute type; lanes outside the mask are zero."""
         type_ = vector_type(self.memory, lanes)

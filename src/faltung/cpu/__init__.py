@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from ..dispatch import Implementation
+from .depthwise import DEPTHWISE
 from .direct import DIRECT
 from .direct_weight import DIRECT_WEIGHT
 from .folded import FOLDED
+from .grouped import GROUPED
 from .pointwise import POINTWISE
+from .winograd import WINOGRAD
 
 __all__ = ["IMPLEMENTATIONS"]
 
-IMPLEMENTATIONS: tuple[Implementation, ...] = (FOLDED, POINTWISE, DIRECT, DIRECT_WEIGHT)
+IMPLEMENTATIONS: tuple[Implementation, ...] = (FOLDED, DEPTHWISE, GROUPED, POINTWISE, WINOGRAD, DIRECT, DIRECT_WEIGHT)
 """In order of preference."""

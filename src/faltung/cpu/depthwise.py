@@ -350,7 +350,8 @@ def _plan_gather(name: str, problem: ConvProblem, threads: int) -> CpuPlan:
     forward = problem.direction == "forward"
     strides = image_strides("source", problem.format, problem.c if forward else problem.k, rows.size, cols.size, DTYPES[problem.dtype])
     row_bytes = strides["source_row"]
-    tap_list, weight_starts = [], []
+    tap_list: list[int] = []
+    weight_starts: list[int] = []
     for row in rows.phases:
         for col in phases:
             weight_starts.append(len(tap_list))

@@ -60,9 +60,10 @@ LOAD_PARAMETERS = (
 def emit_load(module: Module, lanes: Lanes, name: str, zero_rows: bool) -> Function:
     """Emit a function that fills ``rows x cols`` pixels of ``vectors`` entries of scratch from one image.
 
-    ``row_table`` and ``col_table`` give the source row and column of each pixel, -1 for zero, ``ring`` the place of each row in bytes; pixels of columns ``first`` to ``last - 1`` are never
-    zero, and for nchw their source columns are consecutive.  Zero rows are filled only where ``zero_rows``.  ``start`` is the first lane;
-    ``channel_bytes`` the distance of pixels (nhwc) or planes (nchw).  For nchw ``vectors`` is 1, and a row needs a vector's lanes of pixels of slack.
+    ``row_table`` and ``col_table`` give the source row and column of each pixel, -1 for zero, ``ring`` the place of each row in bytes; pixels of
+    columns ``first`` to ``last - 1`` are never zero, and for nchw their source columns are consecutive.  Zero rows are filled only where ``zero_rows``.
+    ``start`` is the first lane; ``channel_bytes`` the distance of pixels (nhwc) or planes (nchw).  For nchw ``vectors`` is 1, and a row needs a
+    vector's lanes of pixels of slack.
     """
     f = module.function(name, LOAD_PARAMETERS)
     numeric = lanes.numeric
@@ -130,7 +131,7 @@ def _row_nhwc(f: Function, lanes: Lanes, source: Value, pointers: list[Value], r
         if lanes.tail:
             full = f.minimum(full, (f["lanes_total"] - f["start"]) // count)
 
-        def vector(v: Value, p: Value, to: Value) -> list[Value]:
+        def vector(_: Value, p: Value, to: Value) -> list[Value]:
             f.store(numeric.load(f, p, count), to)
             return [p + count * numeric.memory_bytes, to + lanes.entry_bytes]
 

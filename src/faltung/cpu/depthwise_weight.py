@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
+import numpy.typing as npt
 
 from ..codegen.emit import Function, Module, Value
 from ..codegen.entry import ArgumentBlock, Task, emit_entry
@@ -28,7 +29,8 @@ __all__ = ["plan_weight"]
 ARGUMENTS = ArgumentBlock((
     "tasks", "chunks", "chunk", "tiles", "slice_tiles", "row_tiles", "col_tiles", "tile_rows", "tile_cols", "vectors_total", "lanes_total", "multiplier",
     "scratch_at", "scratch_bytes", "gradient_at", "pixel", "gradient_pixel", "gradient_pitch", "strip_rows",
-    "ring_table", "gradient_places", "row_table", "row_step", "row_context", "row_spacing", "col_table", "col_step", "col_extent", "inside_first", "inside_last",
+    "ring_table", "gradient_places",
+    "row_table", "row_step", "row_context", "row_spacing", "col_table", "col_step", "col_extent", "inside_first", "inside_last",
     "gradient_rows", "gradient_cols", "row_count", "col_count", "row_blocks", "row_groups", "col_blocks", "col_groups",
     "source_image", "source_row", "source_channel", "gradient_image", "gradient_row", "gradient_channel",
     "taps", "kernel_columns", "partial_slice", "partial_vector", "sum_tasks", "slices",
@@ -69,7 +71,8 @@ def emit_weight(spec: Spec) -> str:
     module = Module()
     load_source = emit_load(module, spec.source, "load_source", zero_rows=True)
     load_gradient = emit_load(module, spec.gradient, "load_gradient", zero_rows=True)
-    products = {(rows, columns): emit_products(module, spec.source, spec.shape, rows, columns, spec.direct) for rows in spec.shape.rows for columns in spec.shape.columns}
+    sizes = [(rows, columns) for rows in spec.shape.rows for columns in spec.shape.columns]
+    products = {size: emit_products(module, spec.source, spec.shape, *size, spec.direct) for size in sizes}
     bias = emit_bias_sum(module, spec.gradient, spec.shape, spec.direct) if spec.bias else None
 
     def gather(f: Function, task: Task) -> object:
@@ -237,8 +240,8 @@ def tiling(problem: ConvProblem, source: Lanes, lines_: tuple[Line, Line], pixel
     rows, cols = lines_
     budget = target.l2 // 2 // source.entry_bytes
     total = -(-problem.k // source.numeric.lanes)
-    # Enough pixels a strip to make little of loading and storing the sums; large kernels do more with each row of the ring.
-    strip = min(rows.count, max(1, (112 if problem.r * problem.s <= 49 else 448) // cols.count))
+    # Enough pixels a strip to make little of loading and storing the sums; of 1, 2, 4 and 8 rows of 56 or 28 pixels, 4 measured best for 3x3.
+    strip = min(rows.count, max(4, (112 if problem.r * problem.s <= 49 else 448) // cols.count))
 
     def entries(tile_cols: int) -> int:
         tile_cols = -(-tile_cols // pixels) * pixels
@@ -253,7 +256,7 @@ def tiling(problem: ConvProblem, source: Lanes, lines_: tuple[Line, Line], pixel
         vectors = -(-total // -(-total // vectors))
     chunks, col_tiles = -(-total // vectors), -(-cols.count // tile_cols)
     # Every tile loads the context of its first row again.
-    pieces = max(1, min(_SLICE_TASKS // (problem.n * chunks * col_tiles), rows.count // max(8, 4 * rows.extent)))
+    pieces = max(1, min(_SLICE_TASKS // (problem.n * chunks * col_tiles), rows.count // max(14, 4 * rows.extent)))
     tile_rows = -(-rows.count // pieces)
     tiles = problem.n * -(-rows.count // tile_rows) * col_tiles
     slice_bytes = total * (problem.r * problem.s + 1) * source.entry_bytes
@@ -261,7 +264,7 @@ def tiling(problem: ConvProblem, source: Lanes, lines_: tuple[Line, Line], pixel
     return Tiling(tile_rows, tile_cols, min(strip, tile_rows), vectors, -(-tiles // slices))
 
 
-def _row_blocks(rows: Line, sizes: tuple[int, ...], blocks: list[int]) -> tuple[np.ndarray, np.ndarray]:  # type: ignore[type-arg]
+def _row_blocks(rows: Line, sizes: tuple[int, ...], blocks: list[int]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Records ``(first kernel row, first output row, last output row + 1)`` of the blocks, sorted by size, and where each size begins."""
     ranges = rows.tap_ranges()[0]
     records = []
@@ -325,7 +328,8 @@ def plan_weight(name: str, problem: ConvProblem, threads: int) -> CpuPlan:
     values |= {
         "tasks": slices * chunks, "chunks": chunks, "chunk": tile.vectors, "tiles": count, "slice_tiles": tile.slice_tiles, "row_tiles": tiles[1],
         "col_tiles": tiles[2], "tile_rows": tile.rows, "tile_cols": tile.cols, "vectors_total": vectors, "lanes_total": problem.k,
-        "multiplier": problem.kg, "scratch_at": scratch_at, "scratch_bytes": scratch_bytes, "gradient_at": gradient_at, "pixel": pixel, "strip_rows": tile.strip,
+        "multiplier": problem.kg, "scratch_at": scratch_at, "scratch_bytes": scratch_bytes, "gradient_at": gradient_at, "pixel": pixel,
+        "strip_rows": tile.strip,
         "gradient_pixel": strides["gradient_channel"] if direct else pixel, "gradient_pitch": strides["gradient_row"] if direct else gradient_pitch,
         "row_step": rows.step, "row_context": context_rows(rows), "row_spacing": rows.spacing,
         "col_step": cols.step, "col_extent": cols.extent, "inside_first": first, "inside_last": last, "row_count": rows.count, "col_count": cols.count,

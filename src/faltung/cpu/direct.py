@@ -13,6 +13,7 @@ from ..codegen.numeric import Numeric
 from ..dispatch import Unsupported
 from ..problem import DTYPES, ConvProblem
 from . import target as targets
+from .bfloat import pair_offsets, run_length
 from .direct_kernel import ARGUMENTS, PHASE_FIELDS, DirectKernel
 from .geometry import Axis, axes
 from .plan import CpuPlan
@@ -23,6 +24,10 @@ from .tiling import Block, choose_block, split_count, tile_candidates, useful_th
 __all__ = ["DIRECT", "Direct", "DirectConfig", "choose_config"]
 
 _CHUNK_BYTES = 24 << 10  # of a panel: with the rows that it meets it stays in the first-level cache
+_PAIR_CHUNK = 192  # bfloat16 pairs take half the time: longer pieces, for fewer trips of the sums through memory
+_PAIR_ROW_CYCLES = 1 / 64  # a row of a pair's tile comes from the second-level cache late: 8x3 and 6x4 beat 14x2 by 1 to 19 % where both fit
+_PAIR_LATENCY = 9.0  # measured: blocks of 12 sums run at three quarters of the speed of blocks of 21
+_PAIR_PIXELS = 1.15  # vectors over pixels lose this much more than float32's to the trip of the sums through scratch
 _SLACK = 4096
 _PLANE_BYTES = 512 << 10
 _CANDIDATES = 8  # tile widths and heights tried, the largest that fit the cache first
@@ -99,7 +104,7 @@ def _choose_tile(problem: ConvProblem, target: Target, threads: int, orientation
     size = numeric.compute_bytes
 
     def fits(tile: tuple[int, int]) -> bool:
-        return _tile_bytes(*axes(problem, tile), roles.source_channels, size) <= target.l2 // 2
+        return _tile_bytes(*axes(problem, tile), numeric.elements(roles.source_channels), size) <= target.l2 // 2
 
     best: DirectConfig | None = None
     wide = [q for q in tile_candidates(whole_columns.count) if fits((1, q))] or [1]
@@ -129,12 +134,14 @@ def _configure(problem: ConvProblem, target: Target, threads: int, orientation: 
     lanes, size = numeric.lanes, numeric.compute_bytes
     tiles = -(-rows.count // tile[0]) * -(-columns.count // tile[1])
     mean_rows = rows.count / -(-rows.count // tile[0])
-    reduction = sum(len(r.taps) * len(c.taps) for r in rows.phases for c in columns.phases) * roles.source_channels
+    source_channels = numeric.elements(roles.source_channels)
+    reduction = sum(len(r.taps) * len(c.taps) for r in rows.phases for c in columns.phases) * source_channels
     phases = len(rows.phases) * len(columns.phases)
     mean = reduction / max(1, phases)
     if orientation == "channels":
         vectors = -(-roles.out_channels // lanes)
-        block = choose_block(target, _counts(columns), vectors, 192, round_vectors=False)
+        costs = {"row_cycles": _PAIR_ROW_CYCLES, "latency": _PAIR_LATENCY} if numeric.pairs else {}
+        block = choose_block(target, _counts(columns), vectors, 192, round_vectors=False, **costs)
         # The block was chosen for the distinct counts of columns; a row of a tile has the mean one.
         counts = _counts(columns)
         mean_columns = columns.count / -(-columns.count // tile[1])
@@ -145,15 +152,14 @@ def _configure(problem: ConvProblem, target: Target, threads: int, orientation: 
         pixels = (tile[0] - 1) * row_pitch(columns) + tile[1]
         whole = -(-pixels // lanes)
         block = choose_block(target, (roles.out_channels,), whole, 128, round_vectors=True)
-        per_step = block.cycles * mean_rows / tile[0]
+        per_step = block.cycles * mean_rows / tile[0] * (_PAIR_PIXELS if numeric.pairs else 1.0)
         store = tile[0] * tile[1] * phases * roles.out_channels / lanes * (1.0 if problem.format == "nchw" else 3.0) + roles.out_channels * tile[0] * 8
         panels = -(-roles.out_channels // block.rows)
-    chunk = _chunk(-(-roles.out_channels // lanes), lanes * size)
-    scratch = rows.scratch_starts[-1] * columns.scratch_starts[-1] * roles.source_channels
+    chunk = _PAIR_CHUNK if numeric.pairs else _chunk(-(-roles.out_channels // lanes), lanes * size)
+    scratch = rows.scratch_starts[-1] * columns.scratch_starts[-1] * source_channels
     natural = (problem.format == "nchw") == (layout == "outer")
     pack = (
-        scratch / lanes * (2.0 if natural else 6.0)
-        + rows.scratch_starts[-1] * len(columns.slabs) * (roles.source_channels if problem.format == "nchw" else 1) * 20.0
+        scratch / lanes * (2.0 if natural else 6.0) + rows.scratch_starts[-1] * len(columns.slabs) * (source_channels if problem.format == "nchw" else 1) * 20.0
     )
     # Every task reads all packed weights: from the second-level cache at no cost, from the third-level one at about 12 bytes a cycle.
     packed_bytes = reduction * roles.out_channels * size
@@ -203,10 +209,10 @@ def build_plan(problem: ConvProblem, target: Target, threads: int, config: Direc
     kernel = _kernel(problem, roles, numeric, config, columns)
     size = numeric.compute_bytes
     # Where the source is read in place, the tile's pixels are as far apart as its channels are many, those of other groups included.
-    channels = roles.source_channels * (1 if config.packed else problem.g)
+    channels = numeric.elements(roles.source_channels) * (1 if config.packed else problem.g)
     tile = Tile(rows, columns, config.layout, channels, size, pitches(problem, roles.forward))
     layout = _Layout(roles, numeric, config, kernel, tile, len(columns.phases))
-    phases = _Phases(problem, roles, layout, tile, rows, columns, size)
+    phases = _Phases(problem, roles, numeric, layout, tile, rows, columns)
     values = _values(problem, roles, numeric, config, layout, tile, phases, rows, columns)
     block = ARGUMENTS.pack(threads, values)
     facts = {
@@ -222,7 +228,8 @@ def _kernel(problem: ConvProblem, roles: Roles, numeric: Numeric, config: Direct
     partial = roles.out_channels % lanes != 0
     channels = config.orientation == "channels"
     # Without cheap masks a partial vector goes through scratch.
-    in_place = channels and problem.format == "nhwc" and not numeric.converts and (not partial or numeric.target.isa in ("avx512", "avx2"))
+    converts = numeric.converts and not numeric.pairs
+    in_place = channels and problem.format == "nhwc" and not converts and (not partial or numeric.target.masks or numeric.target.isa == "avx2")
     if channels:
         narrow_rows = any(split_count(count, block.rows)[1] for count in _counts(columns))
         narrow_vectors = bool(split_count(-(-roles.out_channels // lanes), block.vectors)[1])
@@ -248,7 +255,7 @@ class _Layout:
             self.padded = vectors * lanes
             self.c_channel = 0
             # The transposing store reads whole blocks of pixels, up to one vector past the last.
-            c = 0 if kernel.in_place else (config.tile[0] * config.tile[1] + lanes) * kernel.vectors * lanes * size
+            c = 0 if kernel.in_place and not numeric.pairs else (config.tile[0] * config.tile[1] + lanes) * kernel.vectors * lanes * size
         else:
             self.panels, self.wide = -(-roles.out_channels // kernel.rows), split_count(roles.out_channels, kernel.rows)[0]
             self.padded = roles.out_channels
@@ -262,9 +269,13 @@ class _Layout:
 class _Phases:
     """The phases' reductions: where the tile and the weight hold each term, and where the packed panels lie."""
 
-    def __init__(self, problem: ConvProblem, roles: Roles, layout: _Layout, tile: Tile, rows: Axis, columns: Axis, size: int) -> None:
-        weight = weight_strides(problem)
-        channel = np.arange(roles.source_channels, dtype=np.int64)
+    def __init__(self, problem: ConvProblem, roles: Roles, numeric: Numeric, layout: _Layout, tile: Tile, rows: Axis, columns: Axis) -> None:
+        weight, size = weight_strides(problem), numeric.compute_bytes
+        weight_channel = weight[1 if roles.forward else 0]
+        channel = np.arange(numeric.elements(roles.source_channels), dtype=np.int64)
+        # A pair of channels starts at the first one's weight; an odd offset says that there is no second.
+        channel_weights = pair_offsets(roles.source_channels, weight_channel) if numeric.pairs else channel * weight_channel
+        self.runs: list[int] = []
         self.tables: list[npt.NDArray[np.int64]] = []
         self.contiguous = True
         self.packed_bytes = 0
@@ -275,13 +286,15 @@ class _Phases:
                 for a in row.taps:
                     for b in column.taps:
                         tile_parts.append(tile.offset(a, b) + channel * tile.channel)
-                        weight_parts.append(a.kernel_index * weight[2] + b.kernel_index * weight[3] + channel * weight[1 if roles.forward else 0])
+                        weight_parts.append(a.kernel_index * weight[2] + b.kernel_index * weight[3] + channel_weights)
                 weight_offsets = np.concatenate(weight_parts)
                 # In the order of the weight's memory, so that packing it is a transposition of whole cache lines.
                 order = np.argsort(weight_offsets, kind="stable")
                 tile_offsets, weight_offsets = np.concatenate(tile_parts)[order], weight_offsets[order]
                 self.tables += [tile_offsets, weight_offsets]
                 self.contiguous &= bool((np.diff(weight_offsets) == DTYPES[problem.dtype]).all())
+                if numeric.pairs:
+                    self.runs.append(run_length(weight_offsets, weight_channel))
                 count = len(tile_offsets)
                 spans = (row.start, row.count, column.start, column.count)
                 records.append((count, tile_offsets.ctypes.data, weight_offsets.ctypes.data, self.packed_bytes, *spans))
@@ -308,7 +321,8 @@ def _values(
         "out_channels": roles.out_channels, "source_image": source[0], "source_group": source[1] * roles.source_channels,
         "out_image": out[0], "out_group": out[1] * roles.out_channels, "out_row": out[2], "out_column": out[3], "out_channel": out[1],
         "chunk": config.chunk, "weight_group": strides[0] * problem.kg, "weight_pitch": strides[0 if roles.forward else 1],
-        "weight_contiguous": int(phases.contiguous), "bias_at": phases.packed_bytes, "bias_group": bias_group,
+        "weight_contiguous": (phases.runs[0] if len(set(phases.runs)) == 1 else 1) if numeric.pairs else int(phases.contiguous),
+        "weight_distance": strides[1 if roles.forward else 0], "bias_at": phases.packed_bytes, "bias_group": bias_group,
         "has_bias": int(problem.epilogue.bias and roles.forward),
         "scratch_at": align(phases.packed_bytes + problem.g * bias_group + 64, 4096), "scratch_size": layout.scratch_size,
         "start_at": layout.start_at, "c_at": layout.c_at, "c_channel": layout.c_channel, "column_advance": columns.advance,

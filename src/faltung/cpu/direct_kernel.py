@@ -15,11 +15,12 @@ included), rows over output channels.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..codegen.emit import Function, Module, Value
 from ..codegen.entry import ArgumentBlock, Task, emit_entry
 from ..codegen.numeric import Numeric
+from .bfloat import Rounded, emit_pack_pairs
 from .micro import Micro, call_micro, emit_micro
 from .pack import TILE_ARGUMENTS, emit_pack_panel, emit_pack_tile
 from .store import emit_store_panel, emit_store_plane
@@ -37,11 +38,13 @@ ARGUMENTS = ArgumentBlock(
         "pack_tasks", "tasks", "phases", "row_phases", "column_phases", "p_tiles", "q_tiles", "tile_p", "tile_q", "k_blocks", "block_panels",
         "wide_panels", "panels", "groups", "source_channels", "out_channels", "source_image", "source_group", "out_image", "out_group", "out_row", "out_column",
         "out_channel", "chunk", "weight_group", "weight_pitch", "weight_contiguous", "bias_at", "bias_group", "has_bias",
-        "scratch_at", "scratch_size", "start_at", "c_at", "c_channel", "column_advance",
+        "scratch_at", "scratch_size", "start_at", "c_at", "c_channel", "column_advance", "weight_distance",
     )
 )  # fmt: skip
-"""Pitches are bytes.  ``wide_panels`` come first, the others are one vector (``channels``) or one row (``pixels``) narrower; ``start_at`` is
-where a thread's scratch has room for one micro-kernel's start values, ``c_at`` and ``c_channel`` place the accumulators there."""
+"""Pitches are bytes.  ``weight_contiguous``: whether neighbouring terms of the reduction are neighbours in the weight's memory; in pairs of bfloat16,
+whose halves are ``weight_distance`` apart there, how many are.  ``wide_panels`` come first, the others are one vector (``channels``) or one row
+(``pixels``) narrower; ``start_at`` is where a thread's scratch has room for one micro-kernel's start values, ``c_at`` and ``c_channel`` place the
+accumulators there."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,8 @@ class DirectKernel:
     """What a direct kernel is made for; everything else is an argument.
 
     ``step``: distance of neighbouring entries' source columns (1, 2, or 3 for any).  ``narrow_rows``, ``narrow_vectors``: pieces one smaller are
-    needed too.  ``masked``: the last vector of channels is partial.  ``in_place``: accumulate in the output itself.
+    needed too.  ``masked``: the last vector of channels is partial.  ``in_place``: accumulate in the output itself; in pairs of bfloat16 only the last
+    piece of the reduction is added there, the others in scratch.
     ``phases``: column phases that the store interleaves (1, 2, or more).  ``packed``: the tile is copied to scratch; where it is not, the
     micro-kernels read the source itself (1x1 kernels over pixels in a row, whose channels are neighbours in memory).
     """
@@ -94,7 +98,8 @@ class _Builder:
 
     def __init__(self, kernel: DirectKernel, module: Module, numeric: Numeric) -> None:
         self.kernel, self.module, self.numeric = kernel, module, numeric
-        self.pack_panel = emit_pack_panel(module, numeric)
+        self.pack_panel = (emit_pack_pairs if numeric.pairs else emit_pack_panel)(module, numeric)
+        self.stored = Rounded(numeric.dtype, numeric.target) if numeric.pairs else numeric
         self.pack_tile = emit_pack_tile(module, ARGUMENTS, numeric, kernel.format, kernel.layout, kernel.step) if kernel.packed else None
 
     @property
@@ -122,7 +127,8 @@ class _Builder:
             source = weight + group * task["weight_group"] + start * task["weight_pitch"]
             target = workspace + phase["packed"] + (group * self.padded(f, task) + start) * phase["count"] * numeric.compute_bytes
             arguments = [source, target, f.to_pointer(phase["weight_offsets"]), phase["count"], total - start, width]
-            f.call(self.pack_panel, [*arguments, task["weight_pitch"], task["weight_contiguous"]])
+            distance = [task["weight_distance"]] if numeric.pairs else []
+            f.call(self.pack_panel, [*arguments, task["weight_pitch"], *distance, task["weight_contiguous"]])
             with f.when(phase_index.equals(0)):
                 self._pack_bias(f, task, bias, workspace, group, start, width)
 
@@ -203,12 +209,15 @@ class _Channels(_Builder):
 
     def __init__(self, kernel: DirectKernel, module: Module, numeric: Numeric) -> None:
         super().__init__(kernel, module, numeric)
-        self.store = None if kernel.in_place else emit_store_panel(module, numeric, kernel.format)
+        self.store = None if kernel.in_place else emit_store_panel(module, self.stored, kernel.format)
         self.micros: dict[tuple[int, int], Function] = {}
+        self.last_micros: dict[tuple[int, int], Function] = {}
         for vectors in (kernel.vectors, kernel.vectors - 1)[: 2 if kernel.narrow_vectors else 1]:
             for rows in (kernel.rows, kernel.rows - 1)[: 2 if kernel.narrow_rows else 1]:
                 micro = Micro("channels", rows, vectors, unit_pitch=kernel.layout == "outer", masked=kernel.masked and kernel.in_place)
                 self.micros[rows, vectors] = emit_micro(module, numeric, micro)
+                if kernel.in_place and numeric.pairs:
+                    self.last_micros[rows, vectors] = emit_micro(module, numeric, replace(micro, rounded=True))
 
     @property
     def widths(self) -> tuple[int, int]:
@@ -238,8 +247,8 @@ class _Channels(_Builder):
         valid = f.minimum(task["out_channels"] - start, width)
         out = out + start * task["out_channel"]
         if kernel.in_place:
-            c, c_row, c_column = out, task["out_row"] * task["row_phases"], task["out_column"] * task["column_phases"]
-        else:
+            last = c, c_row, c_column = out, task["out_row"] * task["row_phases"], task["out_column"] * task["column_phases"]
+        if self.last_micros or not kernel.in_place:
             c, c_row, c_column = t["c"], task["tile_q"] * (width * size), f.value(width * size)
         tile_row = task["tile_row"]
         pitch = f.value(size) if kernel.layout == "outer" else task["tile_column"] * task["column_advance"]
@@ -248,18 +257,24 @@ class _Channels(_Builder):
         def chunk(t0: Value, length: Value, table: Value, first: Value) -> None:
             init_pitch = f.select(first, f.value(0), c_column)
 
-            def row(p: Value) -> None:
-                def piece(q: Value, rows: int) -> None:
-                    place = c + p * c_row + q * c_column
-                    call_micro(
-                        f, self.micros[rows, vectors], source=t["tile"] + p * tile_row + q * pitch, panel=panel + t0 * (width * size), c=place,
-                        init=f.select(first, bias, place), table=table, count=length, pitch=pitch, c_pitch=c_column, init_pitch=init_pitch,
-                        lanes_last=lanes_last,
-                    )  # fmt: skip
+            def rows_to(micros: dict[tuple[int, int], Function], to: Value, to_row: Value, to_column: Value) -> None:
+                def row(p: Value) -> None:
+                    def piece(q: Value, rows: int) -> None:
+                        place = c + p * c_row + q * c_column
+                        call_micro(
+                            f, micros[rows, vectors], source=t["tile"] + p * tile_row + q * pitch, panel=panel + t0 * (width * size),
+                            c=place if to is c else to + p * to_row + q * to_column, init=f.select(first, bias, place), table=table, count=length, pitch=pitch,
+                            c_pitch=to_column, init_pitch=init_pitch, lanes_last=lanes_last,
+                        )  # fmt: skip
 
-                self.pieces(f, phase["columns"], kernel.rows, kernel.narrow_rows, piece)
+                    self.pieces(f, phase["columns"], kernel.rows, kernel.narrow_rows, piece)
 
-            f.loop(0, phase["rows"], 1, row)
+                f.loop(0, phase["rows"], 1, row)
+
+            if self.last_micros:
+                f.branch(t0 + length < phase["count"], lambda: rows_to(self.micros, c, c_row, c_column), lambda: rows_to(self.last_micros, *last))
+            else:
+                rows_to(self.micros, c, c_row, c_column)
 
         self.chunks(f, task, phase, chunk)
         if self.store is not None:
@@ -274,7 +289,7 @@ class _Pixels(_Builder):
 
     def __init__(self, kernel: DirectKernel, module: Module, numeric: Numeric) -> None:
         super().__init__(kernel, module, numeric)
-        self.store = emit_store_plane(module, numeric, kernel.format, kernel.phases)
+        self.store = emit_store_plane(module, self.stored, kernel.format, kernel.phases)
         self.micros: dict[tuple[int, int], Function] = {}
         for vectors in (kernel.vectors, kernel.vectors - 1)[: 2 if kernel.narrow_vectors else 1]:
             for rows in (kernel.rows, kernel.rows - 1)[: 2 if kernel.narrow_rows else 1]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +12,7 @@ from ..codegen.numeric import Numeric
 from ..dispatch import Unsupported
 from ..problem import DTYPES, ConvProblem
 from . import target as targets
+from .bfloat import pair_efficiency, pair_tiles
 from .direct_weight_kernel import ARGUMENTS, DirectWeightKernel
 from .geometry import Axis, axes
 from .plan import CpuPlan
@@ -60,7 +62,7 @@ def choose_config(problem: ConvProblem, target: Target) -> WeightConfig:
     panels = -(-vectors // block.vectors)
     block_panels = max(1, min(panels, vectors_per_block // block.vectors))
     tile = _choose_tile(problem, target, channels, block_panels * block.vectors * lanes, size)
-    tiles = -(-problem.n // tile[0]) * -(-problem.p // tile[1]) * -(-problem.q // tile[2])
+    tiles = _tile_count(problem, numeric, tile)
     blocks = problem.g * c_blocks * -(-panels // block_panels)
     part_bytes = problem.g * taps * problem.cg * vectors * lanes * size
     parts = 1 if blocks >= _ENOUGH_BLOCKS else max(1, min(tiles, -(-_TASKS // blocks), _PARTIAL_BYTES // max(1, part_bytes)))
@@ -68,8 +70,15 @@ def choose_config(problem: ConvProblem, target: Target) -> WeightConfig:
     return WeightConfig(tile, block, channels, block_panels, -(-tiles // part_tiles), part_tiles)
 
 
+def _tile_count(problem: ConvProblem, numeric: Numeric, tile: tuple[int, int, int]) -> int:
+    if numeric.pairs:
+        return len(pair_tiles(problem, tile, 0, (0, 0)))
+    return -(-problem.n // tile[0]) * -(-problem.p // tile[1]) * -(-problem.q // tile[2])
+
+
 def _choose_tile(problem: ConvProblem, target: Target, channels: int, width: int, size: int) -> tuple[int, int, int]:
-    """Images, rows and columns of a tile: at least a chunk of pixels, within the cache."""
+    """Images, rows and columns of a tile: at least a chunk of pixels (or pairs of pixels), within the cache."""
+    pairs = Numeric(problem.dtype, target).pairs
     budget = target.l2 * 2 // 5
     pixels = max(_CHUNK_PIXELS, _PANEL_BYTES // (width * size))
 
@@ -77,15 +86,24 @@ def _choose_tile(problem: ConvProblem, target: Target, channels: int, width: int
         rows, columns = axes(problem, (p, q))
         return rows.scratch_starts[-1] * columns.scratch_starts[-1] * channels * size <= budget
 
+    def paired(candidates: list[int], shape: Callable[[int], tuple[int, int, int]]) -> int:
+        """The largest candidate that leaves few pixels without a partner."""
+        found = [(pair_efficiency(problem, shape(value)), value) for value in candidates]
+        most = max(efficiency for efficiency, _ in found)
+        return max(value for efficiency, value in found if efficiency >= 0.95 * most)
+
     columns = next((q for q in tile_candidates(problem.q) if q <= max(pixels, 1) and fits(1, q)), 1)
     # Some tiles are wanted even from one image, so that there are parts to share out, but none of less than a chunk.
     fewest = max(1, min(problem.p, -(-8 // max(1, problem.n)), problem.p * problem.q // _CHUNK_PIXELS))
-    rows = next((p for p in tile_candidates(problem.p) if p * columns <= pixels and fits(p, columns) and -(-problem.p // p) >= fewest), 1)
+    high = [p for p in tile_candidates(problem.p) if p * columns <= pixels and fits(p, columns) and -(-problem.p // p) >= fewest] or [1]
+    rows = paired(high, lambda p: (1, p, columns)) if pairs else high[0]
     images = 1
     if rows == problem.p and columns == problem.q:
         axis_rows, axis_columns = axes(problem, (rows, columns))
         image = axis_rows.scratch_starts[-1] * axis_columns.scratch_starts[-1] * channels * size
         images = max(1, min(problem.n, _CHUNK_PIXELS // max(1, rows * columns), budget // max(1, image)))
+        if pairs:
+            images = paired(list(range(1, images + 1)), lambda i: (i, rows, columns))
     return images, rows, columns
 
 
@@ -128,7 +146,7 @@ def build_plan(problem: ConvProblem, target: Target, threads: int, config: Weigh
     """Tables, kernel and argument block for a configuration."""
     numeric = Numeric(problem.dtype, target)
     lanes, size = numeric.lanes, numeric.compute_bytes
-    cycles = config.block.cycles * problem.r * problem.s * problem.g * problem.n * problem.p * problem.q
+    cycles = config.block.cycles * problem.r * problem.s * problem.g * numeric.elements(problem.n * problem.p * problem.q)
     threads = useful_threads(threads, cycles)
     rows, columns = axes(problem, config.tile[1:], dense=problem.format == "nhwc")
     c_blocks = -(-problem.cg // config.block_channels)
@@ -166,7 +184,8 @@ def _values(
     vectors = -(-problem.kg // lanes)
     panels = -(-vectors // config.block.vectors)
     p_tiles, q_tiles = -(-problem.p // tile_p), -(-problem.q // tile_q)
-    tiles = -(-problem.n // images) * p_tiles * q_tiles
+    tiles = _tile_count(problem, numeric, config.tile)
+    tile_table = pair_tiles(problem, config.tile, x[0], (gy[0], gy[2])) if numeric.pairs else np.zeros((0, 0), np.int64)
     k_blocks, c_blocks = -(-panels // config.block_panels), -(-problem.cg // config.block_channels)
     taps_count, blocks = problem.r * problem.s, problem.g * k_blocks * c_blocks
     row = config.block_panels * config.block.vectors * lanes * size
@@ -201,6 +220,6 @@ def _values(
         "scratch_at": align(bias_at + config.parts * problem.g * bias_group + 64, 4096), "panel_pixels": images * tile_p * tile_q,
         "weight_rows": weight_rows.ctypes.data, "weight_pitch": channel_weights * memory, "runs": runs, "run_weights": run_weights,
         "run_start": run_weights * memory, "run_pitch": problem.cg * memory, "run_rows": config.block_channels, "run_blocks": run_blocks,
-        "column_advance": columns.advance,
+        "column_advance": columns.advance, "tile_table": tile_table.ctypes.data,
     }  # fmt: skip
-    return values, [*tile.tables, pixel_offsets, last_offsets, taps, gy_offsets, weight_rows]
+    return values, [*tile.tables, pixel_offsets, last_offsets, taps, gy_offsets, weight_rows, tile_table]

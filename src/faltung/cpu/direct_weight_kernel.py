@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from ..codegen.emit import Function, Module, Value
 from ..codegen.entry import ArgumentBlock, Task, emit_entry
 from ..codegen.numeric import Numeric
+from .bfloat import TILE_FIELDS, add_pairs
 from .micro import Micro, call_micro, emit_micro
 from .pack import TILE_ARGUMENTS, emit_pack_panel, emit_pack_tile
 from .target import Target
@@ -38,13 +39,15 @@ ARGUMENTS = ArgumentBlock(
         "image_bytes", "pixel_offsets", "last_pixel_offsets", "taps", "tap_offsets", "chunk", "partial_at", "partial_part", "partial_block",
         "partial_tap", "partial_row", "bias_part_at", "bias_part", "bias_group", "has_bias", "scratch_at", "scratch_size", "panels_at", "sums_at",
         "panel_pixels", "weight_rows", "weight_pitch", "runs", "run_weights", "run_start", "run_pitch", "run_rows", "run_blocks", "column_advance",
+        "tile_table",
     )
 )  # fmt: skip
 """Pitches are bytes.  ``parts`` of ``part_tiles`` tiles each; a tile is ``tile_images`` images by ``tile_p`` rows by ``tile_q`` columns.
 ``pixel_offsets``: where the tile holds each pixel (``last_pixel_offsets``: in the last, narrower tile of columns).  ``partial_*``: the partial
 sums' place and pitches, a block being ``[tap][c][k]``.  A block's weights of one output channel are ``runs`` runs of ``run_weights`` neighbours for
 each of its channels; a run starts ``run_start`` bytes a channel and ``run_pitch`` bytes a run into the output channel's weights, and its rows
-among the partial sums start at entry ``run_rows`` of ``weight_rows`` a run; ``run_blocks`` vectors hold a run."""
+among the partial sums start at entry ``run_rows`` of ``weight_rows`` a run; ``run_blocks`` vectors hold a run.  ``tile_table``: in bfloat16 pairs,
+the pairs of tiles (:data:`faltung.cpu.bfloat.TILE_FIELDS`)."""
 
 
 @dataclass(frozen=True)
@@ -85,8 +88,8 @@ class DirectWeightKernel:
 class _Builder:
     def __init__(self, kernel: DirectWeightKernel, module: Module, numeric: Numeric) -> None:
         self.kernel, self.module, self.numeric = kernel, module, numeric
-        self.pack_tile = emit_pack_tile(module, ARGUMENTS, numeric, kernel.format, kernel.layout, kernel.step)
-        self.pack_panel = emit_pack_panel(module, numeric)
+        self.pack_tile = emit_pack_tile(module, ARGUMENTS, numeric, kernel.format, kernel.layout, kernel.step, second=numeric.pairs)
+        self.pack_panel = emit_pack_panel(module, numeric, second=numeric.pairs)
         self.micros: dict[tuple[int, int], Function] = {}
         for vectors in (kernel.vectors, kernel.vectors - 1)[: 2 if kernel.narrow_vectors else 1]:
             for rows in (kernel.rows, kernel.rows - 1)[: 2 if kernel.narrow_rows else 1]:
@@ -138,27 +141,41 @@ class _Builder:
         return body
 
     def tile(self, f: Function, task: Task, t: dict[str, Value], index: Value, first: Value) -> None:
-        """One tile of pixels for the task's channels."""
-        q_tile, index = index % task["q_tiles"], index // task["q_tiles"]
-        p_tile, image_tile = index % task["p_tiles"], index // task["p_tiles"]
-        q0, p0, image0 = q_tile * task["tile_q"], p_tile * task["tile_p"], image_tile * task["tile_images"]
-        rows = f.minimum(task["p"] - p0, task["tile_p"])
-        columns = f.minimum(task["q"] - q0, task["tile_q"])
-        images = f.minimum(task["images"] - image0, task["tile_images"])
+        """One tile of pixels (or pair of tiles) for the task's channels."""
+        place = self.pair_of_tiles(f, task, index) if self.numeric.pairs else self.single_tile(f, task, index)
+        q0, p0, image0, rows, columns, images = (place[name] for name in ("q", "p", "image", "rows", "columns", "images"))
         x = task.operand("source") + image0 * task["x_image"] + t["group"] * task["x_group"] + t["c0"] * task["source_channel"]
         block = f.to_pointer(f.load(f["context"]))
 
         def pack_image(i: Value) -> None:
-            f.call(self.pack_tile, [block, x + i * task["x_image"], t["tile"] + i * task["image_bytes"], p0, q0 * task["column_advance"], t["channels"]])
+            second = [place["second_p"], place["x_distance"]] if self.numeric.pairs else []
+            source, tile = x + i * task["x_image"], t["tile"] + i * task["image_bytes"]
+            f.call(self.pack_tile, [block, source, tile, p0, q0 * task["column_advance"], t["channels"], *second])
 
         f.loop(0, images, 1, pack_image)
         offset = p0 * task["gy_row"] + q0 * task["gy_column"] + t["group"] * task["out_channels"] * task["gy_channel"]
         gy = task.operand("other") + image0 * task["gy_image"] + offset
         image_pixels = rows * columns
         pixels = images * image_pixels
-        self.panels(f, task, t, lambda panel, vectors: self.pack_gradient(f, task, t, panel, vectors, gy, images, rows, columns))
+        self.panels(f, task, t, lambda panel, vectors: self.pack_gradient(f, task, t, panel, vectors, gy, place))
         table = f.to_pointer(f.select(columns.equals(task["tile_q"]), task["pixel_offsets"], task["last_pixel_offsets"]))
         self.panels(f, task, t, lambda panel, vectors: self.panel(f, task, t, panel, vectors, table, pixels, first))
+
+    @staticmethod
+    def single_tile(f: Function, task: Task, index: Value) -> dict[str, Value]:
+        """First image, row and column of a tile, and how many of each it has."""
+        q_tile, index = index % task["q_tiles"], index // task["q_tiles"]
+        p_tile, image_tile = index % task["p_tiles"], index // task["p_tiles"]
+        q0, p0, image0 = q_tile * task["tile_q"], p_tile * task["tile_p"], image_tile * task["tile_images"]
+        rows = f.minimum(task["p"] - p0, task["tile_p"])
+        columns = f.minimum(task["q"] - q0, task["tile_q"])
+        images = f.minimum(task["images"] - image0, task["tile_images"])
+        return {"q": q0, "p": p0, "image": image0, "rows": rows, "columns": columns, "images": images}
+
+    @staticmethod
+    def pair_of_tiles(f: Function, task: Task, index: Value) -> dict[str, Value]:
+        record = task.table("tile_table") + index * (8 * len(TILE_FIELDS))
+        return {name: f.load(record + 8 * i) for i, name in enumerate(TILE_FIELDS)}
 
     def panels(self, f: Function, task: Task, t: dict[str, Value], body: Callable[[Value, int], None]) -> None:
         """``body(index, vectors)`` for the panels of the task's block of output channels."""
@@ -172,10 +189,9 @@ class _Builder:
         start = self.panel_start(f, task["wide_panels"], index) - t["k0"]
         return start, t["panels"] + start * task["panel_pixels"] * self.numeric.compute_bytes
 
-    def pack_gradient(
-        self, f: Function, task: Task, t: dict[str, Value], index: Value, vectors: int, gy: Value, images: Value, rows: Value, columns: Value
-    ) -> None:
+    def pack_gradient(self, f: Function, task: Task, t: dict[str, Value], index: Value, vectors: int, gy: Value, tile: dict[str, Value]) -> None:
         """The gradient of y as ``[pixel][width]``: whole images where the tile spans whole rows, else row by row."""
+        images, rows, columns = tile["images"], tile["rows"], tile["columns"]
         width = vectors * self.numeric.lanes
         start, place = self.panel_place(f, task, t, index)
         limit = task["out_channels"] - t["k0"] - start
@@ -189,6 +205,8 @@ class _Builder:
                 target = place + (i * rows * columns + j * length) * (width * self.numeric.compute_bytes)
                 pointer = source + i * task["gy_image"] + j * task["gy_row"]
                 arguments = [pointer, target, task.table("gy_offsets"), length, limit, f.value(width), task["gy_channel"], task["gy_contiguous"]]
+                if self.numeric.pairs:
+                    arguments += [tile["gy_distance"], tile["second_p"]]
                 f.call(self.pack_panel, arguments)
 
             f.loop(0, runs, 1, run)
@@ -244,6 +262,8 @@ class _Builder:
 
         def pixel(i: Value, *sums: Value) -> list[Value]:
             line = panel + i * (vectors * step)
+            if numeric.pairs:
+                return [add_pairs(f, s, f.load(line + v * step, numeric.vector)) for v, s in enumerate(sums)]
             return [f.fadd(s, f.load(line + v * step, numeric.vector)) for v, s in enumerate(sums)]
 
         sums = f.loop(0, length, 1, pixel, [f.zero(numeric.vector)] * vectors)

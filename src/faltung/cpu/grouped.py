@@ -35,6 +35,7 @@ class GroupedConfig:
     tile: tuple[int, int]
     block: tuple[int, int]
     taps: int
+    vectors: int
     cycles: float
 
 
@@ -54,8 +55,8 @@ def check(problem: ConvProblem, target: Target) -> Lanes:
         raise Unsupported("grad_input in this padding mode is padded_grad_input's")
     numeric = Numeric(problem.dtype, target)
     out, source = (problem.cg, problem.kg) if problem.direction == "grad_input" else (problem.kg, problem.cg)
-    if out > numeric.lanes // 2:
-        raise Unsupported(f"{out} channels of a group are more than half of a vector's {numeric.lanes} lanes")
+    if out > numeric.lanes:
+        raise Unsupported(f"{out} channels of a group are more than a vector's {numeric.lanes} lanes")
     if source > 16:
         raise Unsupported(f"a group reads {source} channels, more than 16")
     if problem.r * problem.s * source > _TERMS:
@@ -138,9 +139,12 @@ def _configure(problem: ConvProblem, target: Target, threads: int, lanes: Lanes,
     work = pixels * row_taps * column_taps * lanes.source / 2 * (1.0 + 1.0 / block[1])
     overhead = pieces * len(rows.phases) * len(columns.phases) * 60.0 + pixels * len(rows.phases) * len(columns.phases) * 2.0
     pack = scratch * (2.0 + 1.5 * lanes.planes + (4.0 if problem.format == "nchw" else 0.0)) + rows.scratch_starts[-1] * len(columns.slabs) * 20.0
-    tasks = problem.n * lanes.vectors * -(-rows.count // rows.tile) * -(-columns.count // columns.tile)
-    cycles = math.ceil(tasks / threads) * threads * (work + overhead + pack + 400.0)
-    return GroupedConfig((rows.tile, columns.tile), block, taps, cycles)
+    tiles = problem.n * -(-rows.count // rows.tile) * -(-columns.count // columns.tile)
+    # Neighbouring vectors of channels share cache lines or neighbours of them, as long as there are tasks enough to share out.
+    vectors = max(1, min(4, lanes.vectors, tiles * lanes.vectors // (8 * threads)))
+    tasks = tiles * -(-lanes.vectors // vectors)
+    cycles = math.ceil(tasks / threads) * threads * vectors * (work + overhead + pack + 400.0)
+    return GroupedConfig((rows.tile, columns.tile), block, taps, vectors, cycles)
 
 
 class _Phases:
@@ -226,16 +230,19 @@ def build_plan(problem: ConvProblem, target: Target, threads: int, config: Group
     scratch_at = align(phases.packed_bytes + lanes.vectors * vector, 4096)
     # An odd number of cache lines, so that the threads' scratch does not fall on the same places of the shared cache.
     scratch_size = align(c_at + c_bytes + _SLACK) + 64 * 9
-    tasks = problem.n * lanes.vectors * p_tiles * q_tiles
+    tiles = problem.n * p_tiles * q_tiles
+    vector_blocks = -(-lanes.vectors // config.vectors)
+    tasks = tiles * vector_blocks
     values = {
         **tile.arguments("source_"),
-        "pack_tasks": len(phases.records) * lanes.vectors, "tasks": tasks, "vectors": lanes.vectors, "phases": phases.records.ctypes.data,
+        "pack_tasks": len(phases.records) * lanes.vectors, "tasks": tasks, "vectors": lanes.vectors, "vector_blocks": vector_blocks,
+        "block_vectors": config.vectors, "phases": phases.records.ctypes.data,
         "phase_bytes": phases.size, "row_phases": len(rows.phases), "column_phases": len(columns.phases), "p_tiles": p_tiles, "q_tiles": q_tiles,
         "tile_p": config.tile[0], "tile_q": config.tile[1], "source_channels": problem.g * lanes.source, "out_channels": problem.g * lanes.out,
         "source_image": source[0], "out_image": out[0], "out_rows": out_rows, "out_columns": out_columns, "out_row": out[2], "out_column": out[3],
         "out_channel": out[1], "weight_vector": lanes.per_vector * problem.kg * strides[0], "lane_offsets": lane_offsets.ctypes.data,
         "bias_at": phases.packed_bytes, "has_bias": int(problem.epilogue.bias and forward), "scratch_at": scratch_at, "scratch_size": scratch_size,
-        "c_at": c_at, "c_width": c_width,
+        "c_at": c_at, "c_width": c_width, "prefetch_rows": -(-rows.scratch_starts[-1] // config.tile[0]),
     }  # fmt: skip
     facts = {
         "block": f"{config.block[0]}x{config.block[1]}", "tile": f"{config.tile[0]}x{config.tile[1]}", "unit": lanes.unit, "tasks": tasks,

@@ -3,7 +3,7 @@
 Loop nest (a *phase* is one residue of the output index by the stride; forward has one)::
 
     stage 1, for each phase and vector of output channels:      pack the weights, one vector a term of the sum; convert the bias
-    stage 2, for each image, tile of output rows and columns, vector of output channels:
+    stage 2, for each image, tile of output rows and columns, block of vectors of output channels; then for each vector:
         pack the tile of the source into planes [column slab][plane][row][column][lanes]
         for each phase, block of rows x columns:
             for each chunk of column taps, kernel row, plane:
@@ -20,7 +20,7 @@ from ..codegen.emit import Function, Module, Value
 from ..codegen.entry import ArgumentBlock, Task, emit_entry
 from ..codegen.numeric import Numeric
 from .grouped_lanes import TILE_FIELDS, Lanes
-from .grouped_pack import emit_flush, emit_pack
+from .grouped_pack import emit_flush, emit_pack, emit_prefetch
 from .target import Target
 
 __all__ = ["ARGUMENTS", "PHASE_FIELDS", "GroupedKernel", "Shapes", "shapes_name"]
@@ -36,13 +36,13 @@ address of the tile's byte offsets of those."""
 ARGUMENTS = ArgumentBlock(
     (
         *("source_" + name for name in TILE_FIELDS),
-        "pack_tasks", "tasks", "vectors", "phases", "phase_bytes", "row_phases", "column_phases", "p_tiles", "q_tiles", "tile_p", "tile_q",
+        "pack_tasks", "tasks", "vectors", "vector_blocks", "block_vectors", "phases", "phase_bytes", "row_phases", "column_phases", "p_tiles", "q_tiles", "tile_p", "tile_q",
         "source_channels", "out_channels", "source_image", "out_image", "out_rows", "out_columns", "out_row", "out_column", "out_channel",
-        "weight_vector", "lane_offsets", "bias_at", "has_bias", "scratch_at", "scratch_size", "c_at", "c_width",
+        "weight_vector", "lane_offsets", "bias_at", "has_bias", "scratch_at", "scratch_size", "c_at", "c_width", "prefetch_rows",
     )
 )  # fmt: skip
 """Pitches are bytes.  ``weight_vector``: from one vector's weights to the next one's; ``lane_offsets``: a vector's lanes in the weight.  ``c_at``: where a
-thread's scratch holds the results of a tile before they go to nchw, ``c_width`` pixels a row."""
+thread's scratch holds the results of a tile before they go to nchw, ``c_width`` pixels a row.  ``prefetch_rows``: scratch rows of the next tile that are asked for with each row of the first phase."""
 
 
 def shapes_name(shapes: Shapes) -> str:
@@ -154,6 +154,7 @@ class _Builder:
         self.vector = numeric.lanes * numeric.compute_bytes
         self.in_place = kernel.format == "nhwc"
         self.pack = emit_pack(module, ARGUMENTS, numeric, self.lanes.expansion(), kernel.format, kernel.step, "source_")
+        self.prefetch = emit_prefetch(module, ARGUMENTS, numeric, self.lanes.source_width, kernel.format, "source_")
         self.flush = None if self.in_place else emit_flush(module, numeric, self.lanes.masked)
         self.row_sizes = (kernel.rows, kernel.rows - 1)[: 2 if kernel.narrow_rows else 1]
         self.column_sizes = (kernel.columns, kernel.columns - 1)[: 2 if kernel.narrow_columns else 1]
@@ -201,38 +202,61 @@ class _Builder:
         return body
 
     def compute_stage(self, f: Function, task: Task) -> Callable[[Value], None]:
-        lanes = self.lanes
         scratch = task.workspace + task["scratch_at"] + task.thread * task["scratch_size"]
 
         def body(index: Value) -> None:
-            t: dict[str, Value] = {"tile": scratch}
-            t["v"], index = index % task["vectors"], index // task["vectors"]
-            t["q0"], index = (index % task["q_tiles"]) * task["tile_q"], index // task["q_tiles"]
-            t["p0"], t["image"] = (index % task["p_tiles"]) * task["tile_p"], index // task["p_tiles"]
-            source = task.operand("source") + t["image"] * task["source_image"] + t["v"] * task["source_channel"] * lanes.source_width
-            known = f.minimum(task["source_channels"] - t["v"] * lanes.source_width, lanes.source_width)
-            f.call(self.pack, [f.to_pointer(f.load(f["context"])), source, scratch, t["p0"], t["q0"], known])
-            t["valid"] = f.minimum(task["out_channels"] - t["v"] * lanes.width, lanes.width)
-            out = task.operand("out") + t["image"] * task["out_image"] + t["v"] * task["out_channel"] * lanes.width
-            row, column = t["p0"] * task["row_phases"], t["q0"] * task["column_phases"]
-            t["out"] = out + row * task["out_row"] + column * task["out_column"]
-            t["bias"] = task.workspace + task["bias_at"] + t["v"] * self.vector
-            if self.in_place:
-                t["c"], t["c_row"], t["c_column"] = t["out"], task["out_row"], task["out_column"]
-            else:
-                t["c"], t["c_row"], t["c_column"] = scratch + task["c_at"], task["c_width"] * self.vector, f.value(self.vector)
-            f.loop(0, task["row_phases"] * task["column_phases"], 1, lambda i: self.compute(f, task, t, self.phase(f, task, i)))
-            if self.flush is not None:
-                rows = f.minimum(task["out_rows"] - row, task["tile_p"] * task["row_phases"])
-                columns = f.minimum(task["out_columns"] - column, task["tile_q"] * task["column_phases"])
-                whole = task["q_tiles"].equals(1)
-                runs, length = f.select(whole, f.value(1), rows), f.select(whole, rows * columns, columns)
-                f.call(self.flush, [t["c"], t["out"], runs, length, t["c_row"], task["out_row"], task["out_channel"], t["valid"]])
+            t = self.place(f, task, index)
+            # Tasks are taken in turn by threads that work at one speed: most often the next one is this thread's.
+            after = self.place(f, task, f.minimum(index + task["threads"], task["tasks"] - 1))
+
+            def vector(v: Value) -> None:
+                more = v + 1 < t["last"]
+                following = {name: f.select(more, t[name], after[name]) for name in ("p0", "q0", "image")}
+                following["source"] = self.source(f, task, following["image"], f.select(more, v + 1, after["first"]))
+                self.tile(f, task, {**t, "v": v, "tile": scratch, "c": scratch + task["c_at"]}, following)
+
+            f.loop(t["first"], t["last"], 1, vector)
 
         return body
 
-    def compute(self, f: Function, task: Task, t: dict[str, Value], phase: dict[str, Value]) -> None:
-        """One phase of the tile, in blocks."""
+    def place(self, f: Function, task: Task, index: Value) -> dict[str, Value]:
+        """The vectors, the tile and the image of a task."""
+        t: dict[str, Value] = {}
+        t["first"], index = (index % task["vector_blocks"]) * task["block_vectors"], index // task["vector_blocks"]
+        t["last"] = f.minimum(t["first"] + task["block_vectors"], task["vectors"])
+        t["q0"], index = (index % task["q_tiles"]) * task["tile_q"], index // task["q_tiles"]
+        t["p0"], t["image"] = (index % task["p_tiles"]) * task["tile_p"], index // task["p_tiles"]
+        return t
+
+    def source(self, f: Function, task: Task, image: Value, v: Value) -> Value:
+        return task.operand("source") + image * task["source_image"] + v * task["source_channel"] * self.lanes.source_width
+
+    def tile(self, f: Function, task: Task, t: dict[str, Value], following: dict[str, Value]) -> None:
+        """One tile of one vector; ``following`` is what this thread packs next."""
+        lanes = self.lanes
+        known = f.minimum(task["source_channels"] - t["v"] * lanes.source_width, lanes.source_width)
+        f.call(self.pack, [f.to_pointer(f.load(f["context"])), self.source(f, task, t["image"], t["v"]), t["tile"], t["p0"], t["q0"], known])
+        t["valid"] = f.minimum(task["out_channels"] - t["v"] * lanes.width, lanes.width)
+        out = task.operand("out") + t["image"] * task["out_image"] + t["v"] * task["out_channel"] * lanes.width
+        row, column = t["p0"] * task["row_phases"], t["q0"] * task["column_phases"]
+        out = out + row * task["out_row"] + column * task["out_column"]
+        t["bias"] = task.workspace + task["bias_at"] + t["v"] * self.vector
+        if self.in_place:
+            t["c"], t["c_row"], t["c_column"] = out, task["out_row"], task["out_column"]
+        else:
+            t["c_row"], t["c_column"] = task["c_width"] * self.vector, f.value(self.vector)
+        phases = task["row_phases"] * task["column_phases"]
+        f.loop(0, phases, 1, lambda i: self.compute(f, task, t, following, self.phase(f, task, i), i.equals(0)))
+        if self.flush is not None:
+            rows = f.minimum(task["out_rows"] - row, task["tile_p"] * task["row_phases"])
+            columns = f.minimum(task["out_columns"] - column, task["tile_q"] * task["column_phases"])
+            whole = task["q_tiles"].equals(1)
+            runs, length = f.select(whole, f.value(1), rows), f.select(whole, rows * columns, columns)
+            f.call(self.flush, [t["c"], out, runs, length, t["c_row"], task["out_row"], task["out_channel"], t["valid"]])
+
+    def compute(self, f: Function, task: Task, t: dict[str, Value], following: dict[str, Value], phase: dict[str, Value], first: Value) -> None:
+        """One phase of the tile, in blocks; with the first one the source of the next tile is asked for."""
+        block = f.to_pointer(f.load(f["context"]))
         rows = f.maximum(f.minimum(phase["row_count"] - t["p0"], task["tile_p"]), 0)
         columns = f.maximum(f.minimum(phase["column_count"] - t["q0"], task["tile_q"]), 0)
         row_step, column_step = t["c_row"] * task["row_phases"], t["c_column"] * task["column_phases"]
@@ -249,6 +273,9 @@ class _Builder:
                     f.call(self.blocks[kind, row_size, column_size], arguments)
 
                 _pieces(f, columns, self.column_sizes, column_block)
+                with f.when(first):
+                    ahead = [p * task["prefetch_rows"], (p + row_size) * task["prefetch_rows"]]
+                    f.call(self.prefetch, [block, following["source"], following["p0"], following["q0"], *ahead])
 
             with f.when(phase["kind"].equals(kind)):
                 _pieces(f, rows, self.row_sizes, row_block)

@@ -18,10 +18,14 @@ from .geometry import Axis, Tap
 
 __all__ = ["TILE_FIELDS", "Chunk", "Expansion", "GroupedTile", "Lanes", "chunks", "even", "identity"]
 
-TILE_FIELDS = ("channel", "column", "rows", "positions", "row_table", "slabs", "slab_table", "column_table", "plane", "row", "step")
+TILE_FIELDS = (
+    "channel", "column", "rows", "positions", "row_table", "slabs", "slab_table", "column_table", "plane", "row", "step",
+    "first_column", "column_span", "columns",
+)  # fmt: skip
 """What packing a tile needs to know: byte pitches of the source's channels and columns; scratch rows and their positions in the table of source rows
 (byte offsets, -1 for zero); column slabs, their facts and the table of source columns (-1 for zero); byte pitches of the tile's planes and rows; the
-distance of the source columns that neighbouring outputs read."""
+distance of the source columns that neighbouring outputs read; the first source column of the tile at output column 0, how many columns from there on a
+tile spans, and how many there are."""
 
 
 @dataclass(frozen=True)
@@ -170,8 +174,10 @@ class GroupedTile:
     def arguments(self, prefix: str) -> dict[str, int]:
         """Values for :data:`TILE_FIELDS`."""
         rows, columns = self._rows, self._columns
+        first = min((slab.offset for slab in columns.slabs), default=0)
+        last = max((slab.offset + (columns.tile + slab.extent - 1) * columns.step + 1 for slab in columns.slabs), default=0)
         values = (
             self._source[1], self._source[3], rows.scratch_starts[-1], rows.table_positions.ctypes.data, self.row_table.ctypes.data, len(columns.slabs),
-            self.slab_table.ctypes.data, columns.table.ctypes.data, self.plane, self.row, columns.step,
+            self.slab_table.ctypes.data, columns.table.ctypes.data, self.plane, self.row, columns.step, first, last - first, columns.size,
         )  # fmt: skip
         return {prefix + name: value for name, value in zip(TILE_FIELDS, values, strict=True)}

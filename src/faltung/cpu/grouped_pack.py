@@ -13,7 +13,9 @@ from ..codegen.numeric import Numeric
 from .grouped_lanes import Expansion
 from .pack import COLUMN_FIELDS
 
-__all__ = ["emit_flush", "emit_pack"]
+__all__ = ["emit_flush", "emit_pack", "emit_prefetch"]
+
+_LINE = 64
 
 
 class _Pack:
@@ -191,6 +193,43 @@ def _from_nchw(pack: _Pack, step: int) -> None:
         pack.border(slab, target, slab["last"], slab["length"], looked_up)
 
     pack.rows(row)
+
+
+def emit_prefetch(module: Module, arguments: ArgumentBlock, numeric: Numeric, channels: int, source_format: str, prefix: str) -> Function:
+    """``prefetch(block, source, p0, q0, first, last)``: ask for what packing would read for the tile's scratch rows ``first .. last - 1``.
+
+    A tile reads a few channels of each pixel, cache lines far apart that no hardware prefetcher foresees.  ``channels``: of the source, at most.
+    """
+    parameters = [("ptr", "block"), ("ptr", "source"), *(("i64", name) for name in ("p0", "q0", "first", "last"))]
+    f = module.function(f"prefetch_{prefix}tile", parameters)
+
+    def argument(name: str) -> Value:
+        return arguments.load(f, f["block"], prefix + name)
+
+    positions, row_table = f.to_pointer(argument("positions")), f.to_pointer(argument("row_table"))
+    column_pitch, channel_pitch, rows = argument("column"), argument("channel"), argument("rows")
+    begin = argument("first_column") + f["q0"] * argument("step")
+    start = f.maximum(begin, 0) * column_pitch
+    stop = f.minimum(begin + argument("column_span"), argument("columns")) * column_pitch
+
+    def row(j: Value) -> None:
+        offset = f.load_index(row_table, f.load_index(positions, j) + f["p0"])
+        line = f["source"] + offset
+        with f.when(offset >= 0):
+            if source_format == "nhwc":
+                size = channels * numeric.memory_bytes
+
+                def pixel(x: Value) -> None:
+                    for at in range(0, size, _LINE):
+                        f.prefetch(line + x + at, 2)
+
+                f.loop(start, stop, column_pitch, pixel)
+            else:
+                f.loop(0, channels, 1, lambda c: f.loop(start, stop, _LINE, lambda x: f.prefetch(line + c * channel_pitch + x, 2)) and None)
+
+    f.loop(f["first"], f.minimum(f["last"], rows), 1, row)
+    f.ret()
+    return f
 
 
 def emit_flush(module: Module, numeric: Numeric, masked: bool) -> Function:

@@ -143,6 +143,7 @@ def build_weight_plan(problem: ConvProblem, target: Target, threads: int, lanes:
         "pass_bytes": passes.records.strides[0], "partial_part": lanes.vectors * passes.bytes, "partial_vector": passes.bytes,
         "bias_part_at": bias_at, "has_bias": int(problem.epilogue.bias), "scratch_at": scratch_at, "scratch_size": scratch_size, "gy_at": gy_at,
         "weight_count": count, "weight_rows": passes.weight_rows.ctypes.data, "weight_pitch": count * DTYPES[problem.dtype],
+        "prefetch_rows": -(-rows.scratch_starts[-1] // tile_p),
     }  # fmt: skip
     facts = {
         "block": "+".join(kind.name for kind in passes.kinds), "piece": config.columns, "tile": f"{tile_p}x{tile_q}", "run_rows": config.run_rows,

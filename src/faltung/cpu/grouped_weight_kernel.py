@@ -23,7 +23,7 @@ from ..codegen.emit import Function, Module, Value
 from ..codegen.entry import ArgumentBlock, Task, emit_entry
 from ..codegen.numeric import Numeric
 from .grouped_lanes import TILE_FIELDS, Lanes, identity
-from .grouped_pack import emit_pack
+from .grouped_pack import emit_pack, emit_prefetch
 from .target import Target
 
 __all__ = ["ARGUMENTS", "GroupedWeightKernel", "Pass"]
@@ -33,12 +33,12 @@ ARGUMENTS = ArgumentBlock(
         *("x_" + name for name in TILE_FIELDS), *("gy_" + name for name in TILE_FIELDS),
         "tasks", "finish_tasks", "vectors", "parts", "part_tiles", "tiles", "p_tiles", "q_tiles", "tile_p", "tile_q", "run_rows", "p", "q",
         "in_channels", "out_channels", "x_image", "gy_image", "passes", "pass_records", "pass_bytes", "partial_part", "partial_vector",
-        "bias_part_at", "has_bias", "scratch_at", "scratch_size", "gy_at", "weight_count", "weight_rows", "weight_pitch",
+        "bias_part_at", "has_bias", "scratch_at", "scratch_size", "gy_at", "weight_count", "weight_rows", "weight_pitch", "prefetch_rows",
     )
 )  # fmt: skip
 """Pitches are bytes.  ``parts`` of ``part_tiles`` tiles each; ``run_rows`` rows of a tile are summed in registers at a time.  ``pass_records``: for each
 pass its kind, the place of its sums in a vector's partial sums, and the tile's byte offset of each of its kernel rows.  ``partial_*``: pitches of the
-partial sums.  ``weight_rows``: for each weight of an output channel, in memory order, its place in a vector's partial sums."""
+partial sums.  ``weight_rows``: for each weight of an output channel, in memory order, its place in a vector's partial sums.  ``prefetch_rows``: scratch rows of the next tile of x that are asked for with each row of this one."""
 
 
 @dataclass(frozen=True)
@@ -163,6 +163,8 @@ class _Builder:
         self.vector = numeric.lanes * numeric.compute_bytes
         self.pack_x = emit_pack(module, ARGUMENTS, numeric, self.lanes.expansion(), kernel.format, kernel.step, "x_")
         self.pack_gy = emit_pack(module, ARGUMENTS, numeric, identity(numeric.lanes, self.lanes.masked), kernel.format, 1, "gy_")
+        self.prefetch_x = emit_prefetch(module, ARGUMENTS, numeric, self.lanes.source_width, kernel.format, "x_")
+        self.prefetch_gy = emit_prefetch(module, ARGUMENTS, numeric, self.lanes.width, kernel.format, "gy_")
         sizes = (kernel.columns, kernel.columns - 1)[: 2 if kernel.narrow else 1]
         self.passes = [_emit_pass(module, numeric, self.lanes, kind, sizes) for kind in kernel.kinds]
 
@@ -171,30 +173,52 @@ class _Builder:
         scratch = task.workspace + task["scratch_at"] + task.thread * task["scratch_size"]
 
         def body(index: Value) -> None:
-            v, part = index % task["vectors"], index // task["vectors"]
+            v, part, first, last = self.place(f, task, index)
+            # Tasks are taken in turn by threads that work at one speed: most often the next one is this thread's.
+            after_v, _, after, _ = self.place(f, task, f.minimum(index + task["threads"], task["tasks"] - 1))
             t: dict[str, Value] = {"x": scratch, "gy": scratch + task["gy_at"]}
             t["in_valid"] = f.minimum(task["in_channels"] - v * lanes.source_width, lanes.source_width)
             t["out_valid"] = f.minimum(task["out_channels"] - v * lanes.width, lanes.width)
-            t["x_source"] = task.operand("source") + v * task["x_channel"] * lanes.source_width
-            t["gy_source"] = task.operand("other") + v * task["gy_channel"] * lanes.width
             t["partial"] = task.workspace + part * task["partial_part"] + v * task["partial_vector"]
             t["bias"] = task.workspace + task["bias_part_at"] + (part * task["vectors"] + v) * self.vector
-            first = part * task["part_tiles"]
-            last = f.minimum(first + task["part_tiles"], task["tiles"])
-            f.loop(first, last, 1, lambda tile: self.tile(f, task, t, tile, tile.equals(first)))
+
+            def tile(index: Value) -> None:
+                more = index + 1 < last
+                following = self.operands(f, task, f.select(more, v, after_v), f.select(more, index + 1, after))
+                self.tile(f, task, {**t, **self.operands(f, task, v, index)}, following, index.equals(first))
+
+            f.loop(first, last, 1, tile)
 
         return body
 
-    def tile(self, f: Function, task: Task, t: dict[str, Value], index: Value, first: Value) -> None:
-        """One tile of pixels for the task's vector."""
-        q0, index = (index % task["q_tiles"]) * task["tile_q"], index // task["q_tiles"]
-        p0, image = (index % task["p_tiles"]) * task["tile_p"], index // task["p_tiles"]
-        rows = f.minimum(task["p"] - p0, task["tile_p"])
-        columns = f.minimum(task["q"] - q0, task["tile_q"])
+    def place(self, f: Function, task: Task, index: Value) -> tuple[Value, Value, Value, Value]:
+        """A task's vector, part, and first and last (exclusive) tile."""
+        v, part = index % task["vectors"], index // task["vectors"]
+        first = part * task["part_tiles"]
+        return v, part, first, f.minimum(first + task["part_tiles"], task["tiles"])
+
+    def operands(self, f: Function, task: Task, v: Value, tile: Value) -> dict[str, Value]:
+        """Where a tile begins: its first output row and column, x and the gradient of y for a vector in its image."""
+        t: dict[str, Value] = {}
+        t["q0"], tile = (tile % task["q_tiles"]) * task["tile_q"], tile // task["q_tiles"]
+        t["p0"], image = (tile % task["p_tiles"]) * task["tile_p"], tile // task["p_tiles"]
+        t["x_source"] = task.operand("source") + image * task["x_image"] + v * task["x_channel"] * self.lanes.source_width
+        t["gy_source"] = task.operand("other") + image * task["gy_image"] + v * task["gy_channel"] * self.lanes.width
+        return t
+
+    def tile(self, f: Function, task: Task, t: dict[str, Value], following: dict[str, Value], first: Value) -> None:
+        """One tile of pixels for the task's vector; ``following`` is the tile that this thread packs next."""
+        rows = f.minimum(task["p"] - t["p0"], task["tile_p"])
+        columns = f.minimum(task["q"] - t["q0"], task["tile_q"])
         block = f.to_pointer(f.load(f["context"]))
-        f.call(self.pack_x, [block, t["x_source"] + image * task["x_image"], t["x"], p0, q0, t["in_valid"]])
-        f.call(self.pack_gy, [block, t["gy_source"] + image * task["gy_image"], t["gy"], p0, q0, t["out_valid"]])
+        f.call(self.pack_x, [block, t["x_source"], t["x"], t["p0"], t["q0"], t["in_valid"]])
+        f.call(self.pack_gy, [block, t["gy_source"], t["gy"], t["p0"], t["q0"], t["out_valid"]])
         x_row, gy_row = task["x_row"], task["gy_row"]
+
+        def prefetch(start: Value, stop: Value) -> None:
+            ahead = task["prefetch_rows"]
+            f.call(self.prefetch_x, [block, following["x_source"], following["p0"], following["q0"], start * ahead, stop * ahead])
+            f.call(self.prefetch_gy, [block, following["gy_source"], following["p0"], following["q0"], start, stop])
 
         def run(p: Value) -> None:
             count = f.minimum(rows - p, task["run_rows"])
@@ -205,6 +229,7 @@ class _Builder:
                 record = task.table("pass_records") + i * task["pass_bytes"]
                 kind, partial = f.load(record), t["partial"] + f.load(record + 8)
                 arguments = [t["x"] + p * x_row, gy, partial, record + 16, count, columns, x_row, task["x_plane"], gy_row, f.cast("zext", fresh, "i64")]
+                prefetch(p + count * i // task["passes"], p + count * (i + 1) // task["passes"])
                 for number, function in enumerate(self.passes):
                     with f.when(kind.equals(number)):
                         f.call(function, arguments)

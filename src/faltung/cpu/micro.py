@@ -5,6 +5,7 @@ For ``t`` in ``0 .. count - 1``, rows ``m`` and vectors ``v``::
     channels:  acc[m][v] += broadcast(source[table[t] + m * pitch]) * panel[t][v]      vectors run over channels
     pixels:    acc[m][v] += broadcast(panel[t][m]) * source[table[t] + v * lanes]      vectors run over pixels
 
+Elements are of the compute type, or pairs of bfloat16 of which both products are added (see :mod:`faltung.cpu.bfloat`).
 The table of byte offsets makes one kernel serve every kernel size, stride, dilation and memory format.
 """
 
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 
 from ..codegen.emit import Function, Module, Value
 from ..codegen.numeric import Numeric
+from .bfloat import Rounded, dot
 
 __all__ = ["Micro", "call_micro", "emit_micro", "largest_rows"]
 
@@ -23,17 +25,18 @@ _UNROLL = 2
 @dataclass(frozen=True)
 class Micro:
     """``rows`` x ``vectors`` accumulators; ``orientation`` is ``channels`` or ``pixels``; ``unit_pitch``: rows of the gathered operand
-    are neighbours in memory; ``masked``: only the first ``lanes_last`` lanes of the last vector are loaded and stored in C."""
+    are neighbours in memory; ``masked``: only the first ``lanes_last`` lanes of the last vector are loaded and stored in C; ``rounded``: C is bfloat16."""
 
     orientation: str
     rows: int
     vectors: int
     unit_pitch: bool = False
     masked: bool = False
+    rounded: bool = False
 
     @property
     def name(self) -> str:
-        return f"micro_{self.orientation}_{self.rows}x{self.vectors}{'u' if self.unit_pitch else ''}{'m' if self.masked else ''}"
+        return f"micro_{self.orientation}_{self.rows}x{self.vectors}{'u' if self.unit_pitch else ''}{'m' if self.masked else ''}{'b' if self.rounded else ''}"
 
 
 def largest_rows(vectors: int, registers: int, fma: bool) -> int:
@@ -112,7 +115,7 @@ def emit_micro(module: Module, numeric: Numeric, micro: Micro) -> Function:
             scalar = f.splat(f.load(scalars[m], numeric.compute), lanes)
             for v in range(micro.vectors):
                 i = m * micro.vectors + v
-                result[i] = f.fma(scalar, vectors[v], result[i], fused)
+                result[i] = dot(f, scalar, vectors[v], result[i]) if numeric.pairs else f.fma(scalar, vectors[v], result[i], fused)
         return result
 
     stride = micro.vectors * vector_bytes if micro.orientation == "channels" else micro.rows * size
@@ -132,7 +135,9 @@ def emit_micro(module: Module, numeric: Numeric, micro: Micro) -> Function:
     for m, (pointer, first) in enumerate(zip(row_pointers(f["c"], f["c_pitch"]), row_pointers(f["init"], f["init_pitch"]))):
         for v in range(micro.vectors):
             value, chosen = f.fadd(values[m * micro.vectors + v], read(first, v)), block_mask(v)
-            if chosen is None:
+            if micro.rounded:
+                Rounded(numeric.dtype, numeric.target).store(f, value, pointer + v * lanes * numeric.memory_bytes, lanes, chosen)
+            elif chosen is None:
                 f.store(value, pointer + v * vector_bytes)
             else:
                 f.store_masked(value, pointer + v * vector_bytes, chosen)

@@ -4,15 +4,18 @@ The padding mode, the stride, the dilation, the element type and the memory form
 
 * ``outer``: ``[channel][column slab][row][column]``, the natural one from nchw (and by transposition from nhwc);
 * ``inner``: ``[row][column of every slab][channel]``, the natural one from nhwc.
+
+Where bfloat16 is multiplied in pairs (:mod:`faltung.cpu.bfloat`), an element of a tile is a pair: of neighbouring channels, or of two tiles.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from ..codegen.emit import Function, Module, Scalar, Value
+from ..codegen.emit import Function, Module, Scalar, Value, vector_type
 from ..codegen.entry import ArgumentBlock
 from ..codegen.numeric import Numeric
+from .bfloat import Halves, Joined
 
 __all__ = ["COLUMN_FIELDS", "TILE_ARGUMENTS", "Arguments", "copy_run", "emit_pack_panel", "emit_pack_tile", "zero_run"]
 
@@ -70,18 +73,23 @@ def zero_run(f: Function, numeric: Numeric, target: Value, count: Scalar) -> Non
     f.loop(0, count, numeric.lanes, lambda i: f.store(f.zero(numeric.vector), target + i * numeric.compute_bytes))
 
 
-def emit_pack_tile(module: Module, arguments: ArgumentBlock, numeric: Numeric, source_format: str, layout: str, step: int) -> Function:
+def emit_pack_tile(module: Module, arguments: ArgumentBlock, numeric: Numeric, source_format: str, layout: str, step: int, second: bool = False) -> Function:
     """``pack_tile(block, source, tile, p0, q0, channels)``: the tile that starts at output row ``p0`` and column ``q0``, of one image.
 
     ``source`` is the first of ``channels`` channels in the image.  ``step`` is the distance of the columns read by neighbouring outputs: 1, 2, or
     3 for any, which is then an argument.
+
+    ``second``: pairs are made with a second tile, given by two more parameters: ``second_row``, its first row of outputs (-1: zeros), and ``distance``, how
+    many bytes its image is behind ``source``.  Pairs are of neighbouring channels otherwise.
     """
-    f = module.function("pack_tile", [("ptr", "block"), ("ptr", "source"), ("ptr", "tile"), ("i64", "p0"), ("i64", "q0"), ("i64", "channels")])
+    parameters = [("ptr", "block"), ("ptr", "source"), ("ptr", "tile"), ("i64", "p0"), ("i64", "q0"), ("i64", "channels")]
+    f = module.function("pack_tile", [*parameters, *([("i64", "second_row"), ("i64", "distance")] if second else [])])
     a = Arguments(f, arguments, f["block"])
     if source_format == "nchw":
-        _pack_rows(f, a, numeric, step)
+        _pack_rows(f, a, numeric, step, second)
     elif layout == "inner":
-        _pack_pixels(f, a, numeric, step)
+        # Pairs of channels are neighbours in memory.
+        _pack_pixels(f, a, Halves.of(numeric) if numeric.pairs and not second else numeric, step, second)
     else:
         _pack_transposed(f, a, numeric)
     f.ret()
@@ -99,15 +107,33 @@ def _clamped_interior(f: Function, slab: dict[str, Value]) -> tuple[Value, Value
     return start, f.maximum(f.minimum(slab["interior_stop"] - f["q0"], slab["length"]), start)
 
 
-def _pack_rows(f: Function, a: Arguments, numeric: Numeric, step: int) -> None:
+def _row(f: Function, positions: Value, table: Value, numeric: Numeric, j: Value, second: bool) -> tuple[Value, Numeric]:
+    """The byte offset of scratch row ``j`` in the source, -1 for zeros, and what reads it."""
+    position = f.load_index(positions, j)
+    first = f.load_index(table, position + f["p0"])
+    if not second:
+        return first, numeric
+    # Where one of both rows is zeros, the other one is read twice, and half of it cleared.
+    other = f.load_index(table, position + f.maximum(f["second_row"], 0))
+    other = f.select(f["second_row"] >= 0, other, f.value(-1))
+    here, there = first >= 0, other >= 0
+    at = f.select(here, first, f.select(there, other + f["distance"], f.value(-1)))
+    both = f.define("i1", f"and i1 {here.text}, {there.text}")
+    kept = f.integer("or", f.select(here, f.value(0xFFFF, "i32"), f.value(0, "i32")), f.select(there, f.value(-1 << 16, "i32"), f.value(0, "i32")))
+    return at, Joined(numeric.dtype, numeric.target, f.select(both, other + f["distance"] - first, f.value(0)), kept)
+
+
+def _pack_rows(f: Function, a: Arguments, numeric: Numeric, step: int, second: bool) -> None:
     """nchw to ``outer``: for each channel, slab and row, a run of columns."""
     size, memory = numeric.compute_bytes, numeric.memory_bytes
     rows, positions, row_table, column_table = a["rows"], a.table("row_positions"), a.table("row_table"), a.table("column_table")
     source_channel, tile_channel, tile_row = a["source_channel"], a["tile_channel"], a["tile_row"]
+    terms = 2 if numeric.pairs and not second else 1
     distance = step if step < 3 else a["source_step"]
 
     def channel(c: Value) -> None:
-        plane, tile = f["source"] + c * source_channel, f["tile"] + c * tile_channel
+        plane, tile = f["source"] + c * (source_channel * terms), f["tile"] + c * tile_channel
+        reader = numeric if terms == 1 else Joined.of(f, numeric, source_channel, c * 2 + 1 < f["channels"])
 
         def slab_body(index: Value) -> None:
             slab = _slab(f, a, index)
@@ -116,7 +142,7 @@ def _pack_rows(f: Function, a: Arguments, numeric: Numeric, step: int) -> None:
             first = (slab["offset"] + f["q0"] * distance) * memory
 
             def row(j: Value) -> None:
-                offset = f.load_index(row_table, f.load_index(positions, j) + f["p0"])
+                offset, numeric = _row(f, positions, row_table, reader, j, second)
                 target = tile + slab["start"] + j * tile_row
 
                 def copy() -> None:
@@ -140,7 +166,7 @@ def _pack_rows(f: Function, a: Arguments, numeric: Numeric, step: int) -> None:
 
         f.loop(0, a["slabs"], 1, slab_body)
 
-    f.loop(0, f["channels"], 1, channel)
+    f.loop(0, f["channels"] if terms == 1 else (f["channels"] + 1) // 2, 1, channel)
 
 
 def _copy_columns(f: Function, numeric: Numeric, line: Value, target: Value, start: Value, stop: Value, step: Scalar) -> None:
@@ -181,15 +207,16 @@ def _copy_columns(f: Function, numeric: Numeric, line: Value, target: Value, sta
         f.store(f.shuffle(low, high, even), place + done * size)
 
 
-def _pack_pixels(f: Function, a: Arguments, numeric: Numeric, step: int) -> None:
+def _pack_pixels(f: Function, a: Arguments, numeric: Numeric, step: int, second: bool) -> None:
     """nhwc to ``inner``: for each row, slab and column, a run of channels; whole runs of columns where they are neighbours in memory."""
     size, memory = numeric.compute_bytes, numeric.memory_bytes
     channels, source_column, pixel = f["channels"], a["source_column"], a["tile_column"]
     positions, row_table, column_table = a.table("row_positions"), a.table("row_table"), a.table("column_table")
+    reader = numeric
     dense = f.define("i1", f"and i1 {source_column.equals(channels * memory).text}, {pixel.equals(channels * size).text}")
 
     def row(j: Value) -> None:
-        offset = f.load_index(row_table, f.load_index(positions, j) + f["p0"])
+        offset, numeric = _row(f, positions, row_table, reader, j, second)
         line, tile = f["source"] + offset, f["tile"] + j * a["tile_row"]
 
         def slab_body(index: Value) -> None:
@@ -229,7 +256,8 @@ def _pack_pixels(f: Function, a: Arguments, numeric: Numeric, step: int) -> None
 def _pack_transposed(f: Function, a: Arguments, numeric: Numeric) -> None:
     """nhwc to ``outer``: blocks of ``lanes`` columns by ``lanes`` channels, transposed in registers."""
     size, memory, lanes = numeric.compute_bytes, numeric.memory_bytes, numeric.lanes
-    channels, source_column, tile_channel = f["channels"], a["source_column"], a["tile_channel"]
+    channels = (f["channels"] + 1) // 2 if numeric.pairs else f["channels"]
+    source_column, tile_channel = a["source_column"], a["tile_channel"]
     positions, row_table, column_table, zeros = a.table("row_positions"), a.table("row_table"), a.table("column_table"), a.table("zeros")
 
     def row(j: Value) -> None:
@@ -251,8 +279,13 @@ def _pack_transposed(f: Function, a: Arguments, numeric: Numeric) -> None:
                 written = f.lane_mask(slab["length"] - x, lanes)
 
                 def channel_block(c: Value) -> None:
-                    read = f.lane_mask(channels - c, lanes)
-                    loaded = [numeric.load(f, f.select(inside, p + c * memory, zeros), lanes, read) for inside, p in pointers]
+                    if numeric.pairs:
+                        halves, read = vector_type(numeric.memory, 2 * lanes), f.lane_mask(f["channels"] - c * 2, 2 * lanes)
+                        raw = [f.load_masked(f.select(inside, p + c * size, zeros), read, halves) for inside, p in pointers]
+                        loaded = [f.cast("bitcast", vector, numeric.vector) for vector in raw]
+                    else:
+                        read = f.lane_mask(channels - c, lanes)
+                        loaded = [numeric.load(f, f.select(inside, p + c * memory, zeros), lanes, read) for inside, p in pointers]
                     for i, vector in enumerate(f.transpose(loaded)):
                         with f.when(c + i < channels):
                             f.store_masked(vector, target + (c + i) * tile_channel + x * size, written)
@@ -266,14 +299,17 @@ def _pack_transposed(f: Function, a: Arguments, numeric: Numeric) -> None:
     f.loop(0, a["rows"], 1, row)
 
 
-def emit_pack_panel(module: Module, numeric: Numeric) -> Function:
+def emit_pack_panel(module: Module, numeric: Numeric, second: bool = False) -> Function:
     """``pack_panel(weight, panel, offsets, count, limit, width, pitch, contiguous)``: panel ``[t][width]`` of the weight.
 
     Entry ``(t, j)`` is at ``weight + offsets[t] + j * pitch`` (bytes), zero for ``j >= limit``.  ``contiguous``: entries of neighbouring ``t``
-    are neighbours in memory; then blocks are transposed in registers, which reads every cache line once.
+    are neighbours in memory; then blocks are transposed in registers, which reads every cache line once.  ``second``: entries are pairs, given by two
+    more parameters: ``distance`` of a pair's halves, and ``second_row``, negative where the second halves are zeros.
     """
     parameters = [("ptr", "weight"), ("ptr", "panel"), ("ptr", "offsets"), ("i64", "count"), ("i64", "limit"), ("i64", "width"), ("i64", "pitch")]
-    f = module.function("pack_panel", [*parameters, ("i64", "contiguous")])
+    f = module.function("pack_panel", [*parameters, ("i64", "contiguous"), *([("i64", "distance"), ("i64", "second_row")] if second else [])])
+    if second:
+        numeric = Joined.of(f, numeric, f["distance"], f["second_row"] >= 0)
     size, memory, lanes = numeric.compute_bytes, numeric.memory_bytes, numeric.lanes
     limit = f.minimum(f["limit"], f["width"])
 

@@ -22,9 +22,22 @@ __all__ = ["POINTWISE", "Pointwise", "joined"]
 
 def joined(problem: ConvProblem) -> ConvProblem:
     """The same multiplications as a problem of one row (of all images in nhwc, where they follow each other in memory)."""
+    if problem.direction == "grad_weight" and Numeric(problem.dtype, targets.target()).pairs:
+        return _halved(problem)
     if problem.format == "nhwc":
         return replace(problem, n=1, h=1, w=problem.n * problem.h * problem.w, stride=(1, 1), dilation=(1, 1))
     return replace(problem, h=1, w=problem.h * problem.w, stride=(1, 1), dilation=(1, 1))
+
+
+def _halved(problem: ConvProblem) -> ConvProblem:
+    """Joined into two rows, so that each pixel of the one has its partner in the other (see :mod:`faltung.cpu.bfloat`)."""
+    plain = replace(problem, stride=(1, 1), dilation=(1, 1))
+    image, pixels = problem.h * problem.w, problem.n * problem.h * problem.w
+    if problem.format == "nhwc" and pixels % 2 == 0:
+        return replace(plain, n=1, h=2, w=pixels // 2)
+    if problem.n == 1:
+        return replace(plain, h=2, w=image // 2) if image % 2 == 0 else plain
+    return replace(plain, h=1, w=image)
 
 
 class Pointwise:
@@ -46,7 +59,9 @@ class Pointwise:
             config = choose_config(row, target, threads)
             if (useful := useful_threads(threads, config.cycles)) < threads:
                 threads, config = useful, choose_config(row, target, useful)
-            in_place = config.layout == "inner" and not Numeric(problem.dtype, target).converts
+            numeric = Numeric(problem.dtype, target)
+            channels = problem.cg if problem.direction == "forward" else problem.kg
+            in_place = config.layout == "inner" and (channels % 2 == 0 if numeric.pairs else not numeric.converts)
             found = build_plan(row, target, threads, replace(config, packed=not in_place), self.name)
         found.problem = problem
         return found

@@ -18,7 +18,8 @@ class Target:
     """What a generator may count on.
 
     ``vector_bytes`` and ``registers`` describe the vector registers; ``fma`` a fused multiply-add, ``masks`` cheap masked memory
-    access in every element width, ``half`` conversion instructions between float16 and float32.  Cache sizes are bytes, one core's.
+    access in every element width, ``half`` conversion instructions between float16 and float32, ``bfloat16_dot`` products of bfloat16 pairs added
+    to float32.  Cache sizes are bytes, one core's.
     """
 
     isa: str
@@ -30,6 +31,7 @@ class Target:
     fma: bool = True
     masks: bool = False
     half: bool = True
+    bfloat16_dot: bool = False
     l1: int = 32 << 10
     l2: int = 1 << 20
 
@@ -41,6 +43,7 @@ class Target:
 _X86 = "x86_64-unknown-linux-gnu"
 _AVX512_FLAGS = {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512cd"}
 TARGETS: dict[str, Target] = {
+    "avx512_bf16": Target("avx512_bf16", _X86, "cooperlake", "-prefer-256-bit", 64, 32, masks=True, bfloat16_dot=True),
     "avx512": Target("avx512", _X86, "skylake-avx512", "-prefer-256-bit", 64, 32, masks=True),
     "avx2": Target("avx2", _X86, "haswell", "", 32, 16),
     "sse2": Target("sse2", _X86, "x86-64", "", 16, 16, fma=False, half=False),
@@ -84,6 +87,8 @@ def runnable_targets() -> tuple[str, ...]:
         return ()
     flags = _cpu_flags()
     names = []
+    if flags >= {*_AVX512_FLAGS, "avx512_bf16"}:
+        names.append("avx512_bf16")
     if flags >= _AVX512_FLAGS:
         names.append("avx512")
     if flags >= {"avx2", "fma", "f16c"}:
@@ -108,7 +113,7 @@ def host_target() -> Target:
     base = TARGETS[wanted or names[0]]
     cpu, features = (base.cpu, base.features) if wanted not in (None, names[0]) else host_cpu()
     return Target(
-        base.isa, base.triple, cpu, features, base.vector_bytes, base.registers, base.fma, base.masks, base.half,
+        base.isa, base.triple, cpu, features, base.vector_bytes, base.registers, base.fma, base.masks, base.half, base.bfloat16_dot,
         l1=_cache_bytes(1, base.l1), l2=_cache_bytes(2, base.l2),
     )  # fmt: skip
 

@@ -47,9 +47,9 @@ def split(total: int, size: int) -> bool:
     return total == 0 or split_count(total, size)[0] >= 0
 
 
-def step_cycles(rows: int, vectors: int) -> float:
+def step_cycles(rows: int, vectors: int, latency: float = _LATENCY) -> float:
     """Cycles of one step of the reduction: multiply-adds, loads, or the latency of a lone accumulator chain."""
-    return max(rows * vectors / 2, (rows + vectors + 1) / 2, _LATENCY)
+    return max(rows * vectors / 2, (rows + vectors + 1) / 2, latency)
 
 
 def _pieces_cost(total: int, size: int, cost: dict[int, float]) -> float:
@@ -58,10 +58,13 @@ def _pieces_cost(total: int, size: int, cost: dict[int, float]) -> float:
 
 
 @lru_cache(maxsize=4096)
-def choose_block(target: Target, row_totals: tuple[int, ...], vector_total: int, chunk: int, *, round_vectors: bool) -> Block:
+def choose_block(
+    target: Target, row_totals: tuple[int, ...], vector_total: int, chunk: int, *, round_vectors: bool, row_cycles: float = 0.0, latency: float = _LATENCY
+) -> Block:
     """The block that passes over ``row_totals`` rows (each split into pieces of its own) and ``vector_total`` vectors in the fewest cycles.
 
-    ``round_vectors``: the last piece of vectors may run over the end (into scratch), so every count of vectors can be split.
+    ``row_cycles``: what reading a row costs in a step, beside the load; ``latency`` of a multiply-add.  ``round_vectors``: the last piece of vectors
+    may run over the end (into scratch), so every count of vectors can be split.
     """
     best: Block | None = None
     for vectors in range(1, min(4, vector_total) + 1):
@@ -70,14 +73,14 @@ def choose_block(target: Target, row_totals: tuple[int, ...], vector_total: int,
         for rows in range(1, largest_rows(vectors, target.registers, target.fma) + 1):
             if not all(split(total, rows) for total in row_totals):
                 continue
-            cycles = _block_cycles(rows, vectors, row_totals, vector_total, chunk)
+            cycles = _block_cycles(rows, vectors, row_totals, vector_total, chunk, row_cycles, latency)
             if best is None or cycles < best.cycles:
                 best = Block(rows, vectors, cycles)
     assert best is not None  # rows = vectors = 1 always splits
     return best
 
 
-def _block_cycles(rows: int, vectors: int, row_totals: Iterable[int], vector_total: int, chunk: int) -> float:
+def _block_cycles(rows: int, vectors: int, row_totals: Iterable[int], vector_total: int, chunk: int, row_cycles: float, latency: float) -> float:
     cycles = 0.0
     wide, narrow = split_count(vector_total, vectors)
     if wide < 0:
@@ -89,7 +92,7 @@ def _block_cycles(rows: int, vectors: int, row_totals: Iterable[int], vector_tot
             continue
         if width == 0:
             return math.inf
-        cost = {size: step_cycles(size, width) + (_CALL_CYCLES + 2.0 * size * width) / chunk for size in (rows, rows - 1) if size}
+        cost = {size: step_cycles(size, width, latency) + row_cycles * size + (_CALL_CYCLES + 2.0 * size * width) / chunk for size in (rows, rows - 1) if size}
         cycles += count * sum(_pieces_cost(total, rows, cost) for total in row_totals)
     return cycles
 

@@ -14,7 +14,7 @@ from .winograd_transform import Algorithm, reduction_piece
 
 __all__ = ["Roles", "WinogradConfig", "candidates", "choose_config", "direct_cycles", "panel_vectors"]
 
-_CALL_CYCLES = 60.0  # of one call of the GEMM: arguments, start of the pipeline
+_CALL_CYCLES = 25.0  # of one call of the GEMM: arguments, start of the pipeline
 _NEAR_BYTES = 40.0  # a cycle, from the second-level cache
 _READ_BYTES = 30.0  # a cycle, streamed from the third-level cache during the products
 _WRITE_BYTES = 8.0  # a cycle, to the third-level cache and back into the second
@@ -141,9 +141,11 @@ def candidates(problem: ConvProblem, target: Target, threads: int, algorithm: Al
             for shares in sorted({1, min(panels, threads), panels}):
                 base = WinogradConfig(algorithm, "tiles", _even(tiles, size, threads if shares == 1 else 1), rows, vectors, shares, chunk, 16, 4)
                 yield replace(base, cycles=predict(problem, target, threads, base))
-        block = _even(tiles, min(tiles, max(rows, target.l2 * 3 // 5 // (points * 4 * width))), 1)
-        base = WinogradConfig(algorithm, "filters", block, rows, vectors, 1, chunk, chunk, max(1, min(4, block)))
-        yield replace(base, cycles=predict(problem, target, threads, base))
+        fitting = max(rows, target.l2 * 3 // 5 // (points * 4 * width))
+        for size in sorted({min(tiles, fitting), min(tiles, 2 * fitting)}):
+            block = _even(tiles, size, 1)
+            base = WinogradConfig(algorithm, "filters", block, rows, vectors, 1, chunk, chunk, max(1, min(4, block)))
+            yield replace(base, cycles=predict(problem, target, threads, base))
 
 
 def predict(problem: ConvProblem, target: Target, threads: int, config: WinogradConfig) -> float:
@@ -164,7 +166,7 @@ def predict(problem: ConvProblem, target: Target, threads: int, config: Winograd
     def product(vectors: int, count: int) -> float:
         """One panel's products for a block of tiles."""
         steps = (groups - narrow) * step_cycles(config.rows, vectors) + narrow * step_cycles(max(1, config.rows - 1), vectors)
-        calls = groups * pieces * (_CALL_CYCLES + 3.0 * config.rows * vectors)
+        calls = groups * pieces * (_CALL_CYCLES + config.rows * vectors)
         return count * points * slow * (steps * 1.05 * roles.source_channels + calls)
 
     gemm = product(config.vectors, wide_panels) + product(max(1, config.vectors - 1), panels - wide_panels)
@@ -192,6 +194,8 @@ def predict(problem: ConvProblem, target: Target, threads: int, config: Winograd
         before = filters / threads + u / (_WRITE_BYTES if u < _SHARED_CACHE else _MEMORY_BYTES) / (threads if u < target.l2 * 2 else 1)
     else:
         task = (gemm + filters + v * panels / _READ_BYTES) / panels + config.tiles * store / panels + _TASK_CYCLES
+        if m > target.l2 * 3 // 4:
+            task += 2 * m * pieces / _READ_BYTES
         tasks = blocks * panels
         before = (tiles * load + blocks * v / _WRITE_BYTES) / threads
     waves = tasks / threads if tasks >= 16 * threads else -(-tasks // threads)

@@ -1,0 +1,57 @@
+"""Which CPU implementation takes which problem, said independently of them: the sweeps hold every refusal against this."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import harness
+from faltung import dispatch
+from faltung.problem import ConvProblem
+
+__all__ = ["BOUNDS", "MAY_TAKE", "TAKES", "applicable", "verify"]
+
+Predicate = Callable[[ConvProblem], bool]
+
+
+def _zero_padded(p: ConvProblem) -> bool:
+    return p.direction != "grad_input" or p.padding_mode == "zeros"
+
+
+def _winograd(p: ConvProblem) -> bool:
+    dense_3x3 = (p.r, p.s, p.stride, p.dilation, p.g) == (3, 3, (1, 1), (1, 1), 1)
+    return p.dtype == "f32" and dense_3x3 and min(p.c, p.k) >= 16 and p.direction != "grad_weight" and _zero_padded(p)
+
+
+TAKES: dict[str, Predicate] = {
+    "direct": _zero_padded,
+    "folded": lambda p: not _zero_padded(p),
+    "pointwise": lambda p: _zero_padded(p) and (p.r, p.s, p.stride) == (1, 1, (1, 1)) and not any(p.padding),
+    "depthwise": lambda p: _zero_padded(p) and p.depthwise,
+    "winograd": _winograd,
+}
+"""Implementations that take exactly these problems when asked for by name."""
+
+MAY_TAKE: dict[str, Predicate] = {"grouped": lambda p: _zero_padded(p) and p.g > 1 and not p.depthwise}
+"""Implementations that refuse where they would not pay, and the only problems that they may take."""
+
+BOUNDS = {"winograd": 1e-5}
+"""Relative L2 error of the algorithms that save multiplications; the sums of all others are exact for whole numbers."""
+
+
+def applicable(problem: ConvProblem, threads: int = 2) -> list[str]:
+    """Names of the implementations that must take a problem, and of those that chose to."""
+    names = [name for name, takes in TAKES.items() if takes(problem)]
+    for name, may_take in MAY_TAKE.items():
+        if may_take(problem):
+            try:
+                harness.plan_named(name, problem, threads)
+            except dispatch.Unsupported:
+                continue
+            names.append(name)
+    return names
+
+
+def verify(plan: dispatch.Plan, *, shift: int = 0, seed: int = 1) -> str | None:
+    """:func:`harness.verify` with the bound of the plan's implementation."""
+    bound = BOUNDS.get(plan.implementation, 0.0)
+    return harness.verify(plan, exact=not bound, bound=bound, shift=shift, seed=seed)
