@@ -43,8 +43,8 @@ def test_table_on_every_instruction_set(isa: str, dtype: str, implementation: st
 
         outcome = harness.sweep(taken, implementation, check)
     assert (outcome.ran, outcome.refused) == (len(taken), 0)
-    assert set(plans) == {isa}
-    assert len(taken) >= 2 or implementation == "winograd"
+    assert set(plans) == ({isa} if taken else set())
+    assert len(taken) >= 2 or (implementation == "winograd" and dtype != "f32")
 
 
 @pytest.mark.parametrize("isa", RUNNABLE)
@@ -58,7 +58,7 @@ def test_those_that_may_refuse_on_every_instruction_set(isa: str) -> None:
 def test_the_targets_of_an_x86_machine_are_all_here() -> None:
     """On a machine with AVX-512 nothing of x86 goes unrun."""
     if "avx512" in RUNNABLE:
-        assert RUNNABLE == ("avx512", "avx2", "sse2")
+        assert tuple(name for name in RUNNABLE if name != "avx512_bf16") == ("avx512", "avx2", "sse2")
     assert isinstance(harness.plan_named("direct", ConvProblem.parse(cases.TARGET_CASES[0])).kernel, Kernel)  # type: ignore[attr-defined]
 
 
@@ -83,7 +83,7 @@ def test_aarch64_assembles_for_every_family(dtype: str) -> None:
                 families.add(implementation)
     assert assembled >= sum(takes(p) for p in _problems(dtype) for takes in TAKES.values())
     expected = {*TAKES, *MAY_TAKE}
-    assert families == (expected if dtype == "f32" else expected - {"winograd"} - (set(MAY_TAKE) if dtype == "f64" else set()))
+    assert families == (expected if dtype == "f32" else expected - {"winograd"})
     assert len(objects) >= 20
     for name, code in objects.items():
         assert code[:4] == b"\x7fELF", name

@@ -24,6 +24,7 @@ from ..problem import ConvProblem
 __all__ = ["TILE_FIELDS", "Halves", "Joined", "Rounded", "add_pairs", "dot", "emit_pack_pairs", "pair_efficiency", "pair_offsets", "pair_tiles", "run_length"]
 
 _BOTH, _FIRST = -1, 0xFFFF
+_LINES_AHEAD, _BYTES_AHEAD = 8, 128  # weights are read in pieces too short for the processor to foresee the next one
 
 
 def dot(f: Function, left: Value, right: Value, total: Value) -> Value:
@@ -126,6 +127,10 @@ def emit_pack_pairs(module: Module, numeric: Numeric) -> Function:
 
         def line(t: Value) -> None:
             start, reader = entry(t)
+            ahead = f["weight"] + f.load_index(f["offsets"], f.minimum(t + _LINES_AHEAD, f["count"] - 1))
+            for place_ahead in (ahead, ahead + f["distance"]):
+                f.prefetch(place_ahead)
+                f.prefetch(place_ahead + limit * memory)
 
             def block(j: Value) -> None:
                 mask = f.lane_mask(limit - j, lanes)
@@ -137,6 +142,8 @@ def emit_pack_pairs(module: Module, numeric: Numeric) -> Function:
 
     def transposed(adjacent: bool) -> None:
         """Runs of ``t`` in blocks of vectors, transposed in registers; ``adjacent``: the halves of a pair are neighbours in memory."""
+        # The next pair of channels is behind both halves of this one.
+        ahead = f.value(_BYTES_AHEAD) if adjacent else f.maximum(f["distance"] * 2, _BYTES_AHEAD)
 
         def run(first: Value) -> None:
             start, reader = entry(first)
@@ -149,6 +156,9 @@ def emit_pack_pairs(module: Module, numeric: Numeric) -> Function:
                     rows = []
                     for i in range(lanes):
                         pointer = start + f.minimum(j + i, limit - 1) * f["pitch"] + t * (2 * memory if adjacent else memory)
+                        f.prefetch(pointer + ahead)
+                        if not adjacent:
+                            f.prefetch(pointer + ahead + f["distance"])
                         rows.append(f.load_masked(pointer, mask, numeric.vector) if adjacent else reader.load(f, pointer, lanes, mask))
                     written = f.lane_mask(limit - j, lanes)
                     for i, vector in enumerate(f.transpose(rows)):

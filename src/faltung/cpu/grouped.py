@@ -78,15 +78,14 @@ def counts(axis: Axis) -> tuple[int, ...]:
     return tuple(sorted(found - {0}))
 
 
-def _accumulators(target: Target, unit: int, taps: int) -> int:
-    """Most accumulators of a block: the registers less the weights (a third of all, the others are read as operands), a load and its broadcasts."""
-    held = min(unit * taps, target.registers // 3 + 2)
-    return target.registers - held - 1 - min(unit, 3 if target.fma else 4)
+def _accumulators(target: Target, taps: int) -> int:
+    """Most accumulators of a block: the registers less the weights of one channel, a broadcast and the next one (a product where there is no fused one)."""
+    return target.registers - taps - (2 if target.fma else 3)
 
 
 def _choose_block(target: Target, unit: int, taps: int, rows: tuple[int, ...], columns: tuple[int, ...]) -> tuple[int, int]:
     """The block (rows, columns) of fewest cycles for tiles of so many rows and columns."""
-    limit = _accumulators(target, unit, taps)
+    limit = _accumulators(target, taps)
     best, least = (1, 1), math.inf
     for m in range(1, min(limit, max(columns, default=1)) + 1):
         if not all(split(total, m) for total in columns):
@@ -110,7 +109,7 @@ def choose_config(problem: ConvProblem, target: Target, threads: int) -> Grouped
     """The configuration predicted to be fastest.  No choice changes the order of any sum, so none changes the bits."""
     numeric = Numeric(problem.dtype, target)
     lanes = lanes_of(problem, numeric)
-    taps = max(2, 12 // lanes.unit) if lanes.unit > 1 else 4
+    taps = 7 if target.registers >= 32 else 4
     whole_rows, whole_columns = axes(problem, (1, 1))
     budget = target.l2 * 2 // 5
     best: GroupedConfig | None = None

@@ -23,12 +23,14 @@ __all__ = ["GroupedWeightConfig", "build_weight_plan", "choose_weight_config"]
 _SLACK = 4096
 _RUN_PIXELS = 224  # summed in registers before they join the partial sums: short chains of roundings, and operands in the first-level cache
 _TASKS = 24  # enough to share out evenly, whatever the number of threads: the parts must not depend on it
+_BLOCK_VECTORS = 4  # of a task: their channels share cache lines or neighbours of them
 _UNROLLED = 400  # multiply-adds in the code of one piece
 
 
 @dataclass(frozen=True)
 class GroupedWeightConfig:
-    """Tile (rows, columns of pixels), rows summed at a time, pixels of an unrolled piece, most taps and planes of a pass, and parts."""
+    """Tile (rows, columns of pixels), rows summed at a time, pixels of an unrolled piece, most taps, planes and kernel rows of a pass,
+    vectors of a task, and parts."""
 
     tile: tuple[int, int]
     run_rows: int
@@ -36,6 +38,7 @@ class GroupedWeightConfig:
     taps: int
     planes: int
     rows: int
+    vectors: int
     parts: int
     part_tiles: int
 
@@ -58,7 +61,9 @@ def choose_weight_config(problem: ConvProblem, target: Target, lanes: Lanes) -> 
 
     tile_q = next((q for q in tile_candidates(problem.q) if fits(1, q)), 1)
     # Some tiles are wanted even from one image, so that there are parts to share out.
-    fewest = max(1, min(problem.p, -(-_TASKS // (problem.n * lanes.vectors))))
+    vectors = min(_BLOCK_VECTORS, lanes.vectors)
+    blocks = -(-lanes.vectors // vectors)
+    fewest = max(1, min(problem.p, -(-_TASKS // (problem.n * blocks))))
     tile_p = next((p for p in tile_candidates(problem.p) if fits(p, tile_q) and -(-problem.p // p) >= fewest), 1)
     p_tiles, q_tiles = -(-problem.p // tile_p), -(-problem.q // tile_q)
     totals = {tile_q, problem.q - (q_tiles - 1) * tile_q}
@@ -66,9 +71,9 @@ def choose_weight_config(problem: ConvProblem, target: Target, lanes: Lanes) -> 
     sizes = [m for m in range(1, min(most, tile_q) + 1) if all(split(total, m) for total in totals)]
     columns = min(sizes, key=lambda m: (sum(-(-total // m) for total in totals), m))
     tiles = problem.n * p_tiles * q_tiles
-    part_tiles = -(-tiles // max(1, min(tiles, -(-_TASKS // lanes.vectors))))
+    part_tiles = -(-tiles // max(1, min(tiles, -(-_TASKS // blocks))))
     run_rows = even(tile_p, max(1, _RUN_PIXELS // tile_q))[0]
-    return GroupedWeightConfig((tile_p, tile_q), run_rows, columns, taps, planes, kernel_rows, -(-tiles // part_tiles), part_tiles)
+    return GroupedWeightConfig((tile_p, tile_q), run_rows, columns, taps, planes, kernel_rows, vectors, -(-tiles // part_tiles), part_tiles)
 
 
 class _Passes:
@@ -133,10 +138,12 @@ def build_weight_plan(problem: ConvProblem, target: Target, threads: int, lanes:
     scratch_at = align(bias_at + config.parts * lanes.vectors * vector, 4096)
     scratch_size = align(gy_at + gradient.bytes + _SLACK) + 64 * 9
     count = len(passes.weight_rows)
-    tasks = lanes.vectors * config.parts
+    vector_blocks = -(-lanes.vectors // config.vectors)
+    tasks = vector_blocks * config.parts
     values = {
         **tile.arguments("x_"), **gradient.arguments("gy_"),
-        "tasks": tasks, "finish_tasks": lanes.vectors * -(-count // numeric.lanes), "vectors": lanes.vectors, "parts": config.parts,
+        "tasks": tasks, "finish_tasks": lanes.vectors * -(-count // numeric.lanes), "vectors": lanes.vectors,
+        "vector_blocks": vector_blocks, "block_vectors": config.vectors, "parts": config.parts,
         "part_tiles": config.part_tiles, "tiles": problem.n * p_tiles * q_tiles, "p_tiles": p_tiles, "q_tiles": q_tiles, "tile_p": tile_p,
         "tile_q": tile_q, "run_rows": config.run_rows, "p": problem.p, "q": problem.q, "in_channels": problem.c, "out_channels": problem.k,
         "x_image": x[0], "gy_image": gy[0], "passes": len(passes.records), "pass_records": passes.records.ctypes.data,

@@ -2,8 +2,8 @@
 
 Loop nest::
 
-    stage 1, for each vector of output channels, part of the pixels (a fixed number of parts):
-        for each tile of the part (one image, output rows and columns):
+    stage 1, for each block of vectors of output channels, part of the pixels (a fixed number of parts):
+        for each tile of the part (one image, output rows and columns), vector:
             pack x into planes [column slab][plane][row][column][lanes], the gradient of y into [row][column][lanes]
             for each run of rows, pass (a few kernel rows, taps of one chunk, planes):
                 for each pixel:  sum[row][tap][channel] += broadcast(x[pixel + tap]) * gy[pixel]        all sums in registers
@@ -31,7 +31,7 @@ __all__ = ["ARGUMENTS", "GroupedWeightKernel", "Pass"]
 ARGUMENTS = ArgumentBlock(
     (
         *("x_" + name for name in TILE_FIELDS), *("gy_" + name for name in TILE_FIELDS),
-        "tasks", "finish_tasks", "vectors", "parts", "part_tiles", "tiles", "p_tiles", "q_tiles", "tile_p", "tile_q", "run_rows", "p", "q",
+        "tasks", "finish_tasks", "vectors", "vector_blocks", "block_vectors", "parts", "part_tiles", "tiles", "p_tiles", "q_tiles", "tile_p", "tile_q", "run_rows", "p", "q",
         "in_channels", "out_channels", "x_image", "gy_image", "passes", "pass_records", "pass_bytes", "partial_part", "partial_vector",
         "bias_part_at", "has_bias", "scratch_at", "scratch_size", "gy_at", "weight_count", "weight_rows", "weight_pitch", "prefetch_rows",
     )
@@ -173,29 +173,39 @@ class _Builder:
         scratch = task.workspace + task["scratch_at"] + task.thread * task["scratch_size"]
 
         def body(index: Value) -> None:
-            v, part, first, last = self.place(f, task, index)
+            t = self.place(f, task, index)
             # Tasks are taken in turn by threads that work at one speed: most often the next one is this thread's.
-            after_v, _, after, _ = self.place(f, task, f.minimum(index + task["threads"], task["tasks"] - 1))
-            t: dict[str, Value] = {"x": scratch, "gy": scratch + task["gy_at"]}
-            t["in_valid"] = f.minimum(task["in_channels"] - v * lanes.source_width, lanes.source_width)
-            t["out_valid"] = f.minimum(task["out_channels"] - v * lanes.width, lanes.width)
-            t["partial"] = task.workspace + part * task["partial_part"] + v * task["partial_vector"]
-            t["bias"] = task.workspace + task["bias_part_at"] + (part * task["vectors"] + v) * self.vector
+            after = self.place(f, task, f.minimum(index + task["threads"], task["tasks"] - 1))
 
             def tile(index: Value) -> None:
-                more = index + 1 < last
-                following = self.operands(f, task, f.select(more, v, after_v), f.select(more, index + 1, after))
-                self.tile(f, task, {**t, **self.operands(f, task, v, index)}, following, index.equals(first))
+                fresh, more_tiles = index.equals(t["first_tile"]), index + 1 < t["last_tile"]
+                after_v = f.select(more_tiles, t["first"], after["first"])
+                after_tile = f.select(more_tiles, index + 1, after["first_tile"])
 
-            f.loop(first, last, 1, tile)
+                def vector(v: Value) -> None:
+                    more = v + 1 < t["last"]
+                    following = self.operands(f, task, f.select(more, v + 1, after_v), f.select(more, index, after_tile))
+                    here: dict[str, Value] = {"x": scratch, "gy": scratch + task["gy_at"], **self.operands(f, task, v, index)}
+                    here["in_valid"] = f.minimum(task["in_channels"] - v * lanes.source_width, lanes.source_width)
+                    here["out_valid"] = f.minimum(task["out_channels"] - v * lanes.width, lanes.width)
+                    here["partial"] = task.workspace + t["part"] * task["partial_part"] + v * task["partial_vector"]
+                    here["bias"] = task.workspace + task["bias_part_at"] + (t["part"] * task["vectors"] + v) * self.vector
+                    self.tile(f, task, here, following, fresh)
+
+                f.loop(t["first"], t["last"], 1, vector)
+
+            f.loop(t["first_tile"], t["last_tile"], 1, tile)
 
         return body
 
-    def place(self, f: Function, task: Task, index: Value) -> tuple[Value, Value, Value, Value]:
-        """A task's vector, part, and first and last (exclusive) tile."""
-        v, part = index % task["vectors"], index // task["vectors"]
-        first = part * task["part_tiles"]
-        return v, part, first, f.minimum(first + task["part_tiles"], task["tiles"])
+    def place(self, f: Function, task: Task, index: Value) -> dict[str, Value]:
+        """A task's vectors, part and tiles (the last ones exclusive)."""
+        t: dict[str, Value] = {"part": index // task["vector_blocks"]}
+        t["first"] = (index % task["vector_blocks"]) * task["block_vectors"]
+        t["last"] = f.minimum(t["first"] + task["block_vectors"], task["vectors"])
+        t["first_tile"] = t["part"] * task["part_tiles"]
+        t["last_tile"] = f.minimum(t["first_tile"] + task["part_tiles"], task["tiles"])
+        return t
 
     def operands(self, f: Function, task: Task, v: Value, tile: Value) -> dict[str, Value]:
         """Where a tile begins: its first output row and column, x and the gradient of y for a vector in its image."""
