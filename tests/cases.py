@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from faltung.problem import FORMATS, ConvProblem, Direction, Epilogue, Format
+from faltung.problem import DTYPES, FORMATS, ConvProblem, Direction, Epilogue, Format
 
 __all__ = ["CASES", "SECTIONS", "TARGET_CASES", "biased", "problem", "variants"]
 
@@ -201,12 +201,12 @@ def biased(position: int, direction: Direction) -> bool:
 
 
 def variants(section: str, direction: Direction, dtype: str) -> Iterator[ConvProblem]:
-    """Every case of a section in a direction and type: in all pairs of formats for f32, with weights of alternating format for the others."""
+    """Every case of a section in a direction and type: in all four pairs of formats for f32, in one that changes from case to case for the others."""
     for position, case in enumerate(CASES[section]):
-        for turn, fmt in enumerate(FORMATS):
-            for weight_turn, weight_format in enumerate(FORMATS):
-                if dtype == "f32" or (position + turn + weight_turn) % 2 == 0:
-                    yield problem(case, direction, dtype, fmt, weight_format, bias=biased(position + weight_turn, direction))
+        turn = position + list(DTYPES).index(dtype)
+        pairs = [(a, b) for a in FORMATS for b in FORMATS] if dtype == "f32" else [(FORMATS[turn % 2], FORMATS[turn // 2 % 2])]
+        for fmt, weight_format in pairs:
+            yield problem(case, direction, dtype, fmt, weight_format, bias=biased(position + FORMATS.index(weight_format), direction))
 
 
 def _check() -> None:

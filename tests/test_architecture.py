@@ -29,7 +29,7 @@ LAYERS: dict[str, set[str]] = {
     "dispatch": {"config", "problem"},
     "codegen": {"config", "problem"},
     "cpu": {"codegen", "config", "dispatch", "problem"},
-    "cuda": {"codegen", "config", "dispatch", "problem"},
+    "cuda": {"codegen", "config", "dispatch", "layout", "problem"},
 }
 LAYERS["autotune"] = {"config", "dispatch", "problem"}
 LAYERS["prepared"] = {"arguments", "autotune", "config", "dispatch", "layout", "problem"}

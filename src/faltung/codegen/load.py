@@ -58,7 +58,9 @@ def load(name: str, target: Target, emit: Callable[[], str], entry: str = "entry
 def _place(name: str, target: Target, code: bytes, entry: str) -> Kernel:
     _native()
     machine = llvm.Target.from_default_triple().create_target_machine(cpu=target.cpu, features=target.features, jit=True)
-    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
+    # llvmlite's own memory manager places an object's sections in one piece: the default one may map code and constants further apart than the
+    # 32 bits of their relocations reach, which aborts the process.
+    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine, use_lmm=True)
     engine.add_object_file(llvm.ObjectFileRef.from_data(code))
     engine.finalize_object()
     return Kernel(name, target, engine, entry)

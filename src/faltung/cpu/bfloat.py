@@ -12,6 +12,7 @@ The instruction takes subnormal numbers for zero and rounds after each of the tw
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -101,6 +102,46 @@ class Rounded(Numeric):
         return f.cast("bitcast", f.cast("fptrunc", value, vector_type("bfloat", lanes)), vector_type("i16", lanes))
 
 
+def _pack_runs(
+    f: Function,
+    numeric: Numeric,
+    limit: Value,
+    entry: Callable[[Value], tuple[Value, Joined]],
+    place: Callable[[Value, Value], Value],
+    adjacent: bool,
+) -> None:
+    """Runs of ``t`` in blocks of vectors, transposed in registers; ``adjacent``: the halves of a pair are neighbours in memory."""
+    memory, lanes = numeric.memory_bytes, numeric.lanes
+    # The next pair of channels is behind both halves of this one.
+    ahead = f.value(_BYTES_AHEAD) if adjacent else f.maximum(f["distance"] * 2, _BYTES_AHEAD)
+
+    def run(first: Value) -> None:
+        start, reader = entry(first)
+
+        def row_block(t: Value) -> None:
+            rest = f["run"] - t
+            mask = f.lane_mask(rest, lanes)
+
+            def block(j: Value) -> None:
+                rows = []
+                for i in range(lanes):
+                    pointer = start + f.minimum(j + i, limit - 1) * f["pitch"] + t * (2 * memory if adjacent else memory)
+                    f.prefetch(pointer + ahead)
+                    if not adjacent:
+                        f.prefetch(pointer + ahead + f["distance"])
+                    rows.append(f.load_masked(pointer, mask, numeric.vector) if adjacent else reader.load(f, pointer, lanes, mask))
+                written = f.lane_mask(limit - j, lanes)
+                for i, vector in enumerate(f.transpose(rows)):
+                    with f.when(rest > i):
+                        f.store_masked(vector, place(first + t + i, j), written)
+
+            f.loop(0, limit, lanes, block)
+
+        f.loop(0, f["run"], lanes, row_block)
+
+    f.loop(0, f["count"], f["run"], run)
+
+
 def emit_pack_pairs(module: Module, numeric: Numeric) -> Function:
     """``pack_pairs(weight, panel, offsets, count, limit, width, pitch, distance, run)``: panel ``[t][width]`` of pairs of weights.
 
@@ -140,37 +181,6 @@ def emit_pack_pairs(module: Module, numeric: Numeric) -> Function:
 
         f.loop(0, f["count"], 1, line)
 
-    def transposed(adjacent: bool) -> None:
-        """Runs of ``t`` in blocks of vectors, transposed in registers; ``adjacent``: the halves of a pair are neighbours in memory."""
-        # The next pair of channels is behind both halves of this one.
-        ahead = f.value(_BYTES_AHEAD) if adjacent else f.maximum(f["distance"] * 2, _BYTES_AHEAD)
-
-        def run(first: Value) -> None:
-            start, reader = entry(first)
-
-            def row_block(t: Value) -> None:
-                rest = f["run"] - t
-                mask = f.lane_mask(rest, lanes)
-
-                def block(j: Value) -> None:
-                    rows = []
-                    for i in range(lanes):
-                        pointer = start + f.minimum(j + i, limit - 1) * f["pitch"] + t * (2 * memory if adjacent else memory)
-                        f.prefetch(pointer + ahead)
-                        if not adjacent:
-                            f.prefetch(pointer + ahead + f["distance"])
-                        rows.append(f.load_masked(pointer, mask, numeric.vector) if adjacent else reader.load(f, pointer, lanes, mask))
-                    written = f.lane_mask(limit - j, lanes)
-                    for i, vector in enumerate(f.transpose(rows)):
-                        with f.when(rest > i):
-                            f.store_masked(vector, place(first + t + i, j), written)
-
-                f.loop(0, limit, lanes, block)
-
-            f.loop(0, f["run"], lanes, row_block)
-
-        f.loop(0, f["count"], f["run"], run)
-
     def single() -> None:
         def line(t: Value) -> None:
             start, reader = entry(t)
@@ -185,7 +195,9 @@ def emit_pack_pairs(module: Module, numeric: Numeric) -> Function:
         f.loop(0, f["count"], 1, line)
 
     def by_runs() -> None:
-        f.branch(f["distance"].equals(memory), lambda: transposed(True), lambda: transposed(False))
+        f.branch(
+            f["distance"].equals(memory), lambda: _pack_runs(f, numeric, limit, entry, place, True), lambda: _pack_runs(f, numeric, limit, entry, place, False)
+        )
 
     # Shorter runs than this cost more to transpose, in blocks mostly empty, than to move one by one.
     f.branch(f["pitch"].equals(memory), neighbours, lambda: f.branch(f["run"] > 4, by_runs, single))

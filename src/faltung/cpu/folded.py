@@ -170,7 +170,7 @@ class FoldedPlan:
         self._poison = config.current().poison
         self.launch: Callable[..., None] = self._launch
 
-    def _launch(self, source: int, other: int, bias: int, out: int) -> None:
+    def _launch(self, source: int, other: int, bias: int, out: int) -> None:  # noqa: ARG002
         buffer = np.full(self._buffer_bytes, 0xFF, np.uint8) if self._poison else np.empty(self._buffer_bytes, np.uint8)
         address = buffer.ctypes.data
         for start in range(0, self.problem.n, self._images):

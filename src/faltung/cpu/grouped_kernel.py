@@ -36,13 +36,15 @@ address of the tile's byte offsets of those."""
 ARGUMENTS = ArgumentBlock(
     (
         *("source_" + name for name in TILE_FIELDS),
-        "pack_tasks", "tasks", "vectors", "vector_blocks", "block_vectors", "phases", "phase_bytes", "row_phases", "column_phases", "p_tiles", "q_tiles", "tile_p", "tile_q",
-        "source_channels", "out_channels", "source_image", "out_image", "out_rows", "out_columns", "out_row", "out_column", "out_channel",
-        "weight_vector", "lane_offsets", "bias_at", "has_bias", "scratch_at", "scratch_size", "c_at", "c_width", "prefetch_rows",
+        "pack_tasks", "tasks", "vectors", "vector_blocks", "block_vectors", "phases", "phase_bytes", "row_phases", "column_phases", "p_tiles",
+        "q_tiles", "tile_p", "tile_q", "source_channels", "out_channels", "source_image", "out_image", "out_rows", "out_columns", "out_row",
+        "out_column", "out_channel", "weight_vector", "lane_offsets", "bias_at", "has_bias", "scratch_at", "scratch_size", "c_at", "c_width",
+        "prefetch_rows",
     )
 )  # fmt: skip
-"""Pitches are bytes.  ``weight_vector``: from one vector's weights to the next one's; ``lane_offsets``: a vector's lanes in the weight.  ``c_at``: where a
-thread's scratch holds the results of a tile before they go to nchw, ``c_width`` pixels a row.  ``prefetch_rows``: scratch rows of the next tile that are asked for with each row of the first phase."""
+"""Pitches are bytes.  A task is a tile of ``block_vectors`` vectors.  ``weight_vector``: from one vector's weights to the next one's; ``lane_offsets``: a
+vector's lanes in the weight.  ``c_at``: where a thread's scratch holds the results of a tile before they go to nchw, ``c_width`` pixels a row.
+``prefetch_rows``: scratch rows of the next tile that are asked for with each row of the first phase."""
 
 
 def shapes_name(shapes: Shapes) -> str:
@@ -212,7 +214,7 @@ class _Builder:
             def vector(v: Value) -> None:
                 more = v + 1 < t["last"]
                 following = {name: f.select(more, t[name], after[name]) for name in ("p0", "q0", "image")}
-                following["source"] = self.source(f, task, following["image"], f.select(more, v + 1, after["first"]))
+                following["source"] = self.source(task, following["image"], f.select(more, v + 1, after["first"]))
                 self.tile(f, task, {**t, "v": v, "tile": scratch, "c": scratch + task["c_at"]}, following)
 
             f.loop(t["first"], t["last"], 1, vector)
@@ -228,14 +230,14 @@ class _Builder:
         t["p0"], t["image"] = (index % task["p_tiles"]) * task["tile_p"], index // task["p_tiles"]
         return t
 
-    def source(self, f: Function, task: Task, image: Value, v: Value) -> Value:
+    def source(self, task: Task, image: Value, v: Value) -> Value:
         return task.operand("source") + image * task["source_image"] + v * task["source_channel"] * self.lanes.source_width
 
     def tile(self, f: Function, task: Task, t: dict[str, Value], following: dict[str, Value]) -> None:
         """One tile of one vector; ``following`` is what this thread packs next."""
         lanes = self.lanes
         known = f.minimum(task["source_channels"] - t["v"] * lanes.source_width, lanes.source_width)
-        f.call(self.pack, [f.to_pointer(f.load(f["context"])), self.source(f, task, t["image"], t["v"]), t["tile"], t["p0"], t["q0"], known])
+        f.call(self.pack, [f.to_pointer(f.load(f["context"])), self.source(task, t["image"], t["v"]), t["tile"], t["p0"], t["q0"], known])
         t["valid"] = f.minimum(task["out_channels"] - t["v"] * lanes.width, lanes.width)
         out = task.operand("out") + t["image"] * task["out_image"] + t["v"] * task["out_channel"] * lanes.width
         row, column = t["p0"] * task["row_phases"], t["q0"] * task["column_phases"]

@@ -158,10 +158,7 @@ class GroupedTile:
         self.bytes = len(columns.slabs) * self.slab
         self.row_table = np.where(rows.table >= 0, rows.table * source[2], -1)
         self.slab_table = np.array(
-            [
-                (columns.table_start(i), i * self.slab, columns.tile + slab.extent, *columns.interior(i), slab.offset)
-                for i, slab in enumerate(columns.slabs)
-            ],
+            [(columns.table_start(i), i * self.slab, columns.tile + slab.extent, *columns.interior(i), slab.offset) for i, slab in enumerate(columns.slabs)],
             dtype=np.int64,
         )
         self.tables: list[npt.NDArray[np.generic]] = [self.row_table, rows.table_positions, columns.table, self.slab_table]

@@ -31,14 +31,16 @@ __all__ = ["ARGUMENTS", "GroupedWeightKernel", "Pass"]
 ARGUMENTS = ArgumentBlock(
     (
         *("x_" + name for name in TILE_FIELDS), *("gy_" + name for name in TILE_FIELDS),
-        "tasks", "finish_tasks", "vectors", "vector_blocks", "block_vectors", "parts", "part_tiles", "tiles", "p_tiles", "q_tiles", "tile_p", "tile_q", "run_rows", "p", "q",
-        "in_channels", "out_channels", "x_image", "gy_image", "passes", "pass_records", "pass_bytes", "partial_part", "partial_vector",
-        "bias_part_at", "has_bias", "scratch_at", "scratch_size", "gy_at", "weight_count", "weight_rows", "weight_pitch", "prefetch_rows",
+        "tasks", "finish_tasks", "vectors", "vector_blocks", "block_vectors", "parts", "part_tiles", "tiles", "p_tiles", "q_tiles", "tile_p",
+        "tile_q", "run_rows", "p", "q", "in_channels", "out_channels", "x_image", "gy_image", "passes", "pass_records", "pass_bytes", "partial_part",
+        "partial_vector", "bias_part_at", "has_bias", "scratch_at", "scratch_size", "gy_at", "weight_count", "weight_rows", "weight_pitch",
+        "prefetch_rows",
     )
 )  # fmt: skip
-"""Pitches are bytes.  ``parts`` of ``part_tiles`` tiles each; ``run_rows`` rows of a tile are summed in registers at a time.  ``pass_records``: for each
-pass its kind, the place of its sums in a vector's partial sums, and the tile's byte offset of each of its kernel rows.  ``partial_*``: pitches of the
-partial sums.  ``weight_rows``: for each weight of an output channel, in memory order, its place in a vector's partial sums.  ``prefetch_rows``: scratch rows of the next tile of x that are asked for with each row of this one."""
+"""Pitches are bytes.  A task is ``block_vectors`` vectors and one of ``parts`` parts, of ``part_tiles`` tiles each; ``run_rows`` rows of a tile are summed in
+registers at a time.  ``pass_records``: for each pass its kind, the place of its sums in a vector's partial sums, and the tile's byte offset of each of
+its kernel rows.  ``partial_*``: pitches of the partial sums.  ``weight_rows``: for each weight of an output channel, in memory order, its place in a
+vector's partial sums.  ``prefetch_rows``: scratch rows of the next tile of x that are asked for with each row of this one."""
 
 
 @dataclass(frozen=True)
@@ -184,8 +186,8 @@ class _Builder:
 
                 def vector(v: Value) -> None:
                     more = v + 1 < t["last"]
-                    following = self.operands(f, task, f.select(more, v + 1, after_v), f.select(more, index, after_tile))
-                    here: dict[str, Value] = {"x": scratch, "gy": scratch + task["gy_at"], **self.operands(f, task, v, index)}
+                    following = self.operands(task, f.select(more, v + 1, after_v), f.select(more, index, after_tile))
+                    here: dict[str, Value] = {"x": scratch, "gy": scratch + task["gy_at"], **self.operands(task, v, index)}
                     here["in_valid"] = f.minimum(task["in_channels"] - v * lanes.source_width, lanes.source_width)
                     here["out_valid"] = f.minimum(task["out_channels"] - v * lanes.width, lanes.width)
                     here["partial"] = task.workspace + t["part"] * task["partial_part"] + v * task["partial_vector"]
@@ -207,7 +209,7 @@ class _Builder:
         t["last_tile"] = f.minimum(t["first_tile"] + task["part_tiles"], task["tiles"])
         return t
 
-    def operands(self, f: Function, task: Task, v: Value, tile: Value) -> dict[str, Value]:
+    def operands(self, task: Task, v: Value, tile: Value) -> dict[str, Value]:
         """Where a tile begins: its first output row and column, x and the gradient of y for a vector in its image."""
         t: dict[str, Value] = {}
         t["q0"], tile = (tile % task["q_tiles"]) * task["tile_q"], tile // task["q_tiles"]

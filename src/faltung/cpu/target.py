@@ -128,7 +128,7 @@ def target() -> Target:
 
 @contextmanager
 def use_target(value: str | Target) -> Iterator[Target]:
-    """``with use_target("avx2"):`` plans made inside are for that target (by name, or a :class:`Target`).  For tests; not thread-safe."""
+    """Plans made inside ``with use_target("avx2"):`` are for that target (by name, or a :class:`Target`).  For tests; not thread-safe."""
     from .. import dispatch
 
     chosen = TARGETS[value] if isinstance(value, str) else value
