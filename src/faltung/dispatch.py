@@ -14,7 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 from . import config
 from .problem import ConvProblem
 
-__all__ = ["Decision", "Implementation", "Plan", "Unsupported", "available", "decide", "implementations", "plan"]
+__all__ = ["Decision", "Implementation", "Plan", "Unsupported", "available", "decide", "implementations", "plan", "serves"]
 
 
 class Unsupported(RuntimeError):
@@ -71,6 +71,13 @@ def available(engine: str) -> bool:
         return bool(getattr(importlib.import_module(_ENGINES[engine]), "IMPLEMENTATIONS", ()))
     except ImportError:
         return False
+
+
+def serves(engine: str, device_type: str) -> bool:
+    """Whether an engine takes tensors of this device type: its own, and the CPU's where Triton's interpreter runs the CUDA kernels."""
+    if (engine, device_type) == ("cuda", "cpu"):
+        return available(engine) and bool(importlib.import_module(_ENGINES[engine] + ".runtime").INTERPRETED)
+    return engine == device_type
 
 
 def implementations(engine: str) -> tuple[Implementation, ...]:

@@ -64,12 +64,9 @@ def require_engine(device: torch.device) -> None:
 
 
 def engine_for(device: torch.device) -> str:
-    """The engine for tensors on ``device``: its type's; ``cuda`` for CPU tensors where that is asked for and Triton's interpreter can run its kernels."""
-    if device.type == "cpu" and config.current().engine == "cuda" and dispatch.available("cuda"):
-        from .cuda.runtime import INTERPRETED
-
-        return "cuda" if INTERPRETED else "cpu"
-    return device.type
+    """The engine for tensors on ``device``: the one asked for where it serves them, else its type's."""
+    wanted = config.current().engine
+    return wanted if wanted != "auto" and dispatch.serves(wanted, device.type) else device.type
 
 
 def build_problem(

@@ -55,6 +55,22 @@ def call_micro(f: Function, micro: Function, **arguments: Value) -> None:
     f.call(micro, [arguments[name] for _, name in _PARAMETERS])
 
 
+class _Pitches:
+    """One, two and three times a pitch of rows, made once."""
+
+    def __init__(self, pitch: Value) -> None:
+        self._one, self._two, self._three = pitch, pitch * 2, pitch * 3
+
+    def rows(self, base: Value, count: int) -> list[Value]:
+        """Pointers to ``count`` rows: every third has one of its own, the two behind it are reached by address modes from there."""
+        pointers = []
+        for m in range(count):
+            if m and m % 3 == 0:
+                base = base + self._three
+            pointers.append(base if m % 3 == 0 else base + (self._one if m % 3 == 1 else self._two))
+        return pointers
+
+
 def emit_micro(module: Module, numeric: Numeric, micro: Micro) -> Function:
     """The micro-kernel as a function of the module (once).
 
@@ -69,17 +85,6 @@ def emit_micro(module: Module, numeric: Numeric, micro: Micro) -> Function:
     vector_bytes = lanes * size
     mask = f.lane_mask(f["lanes_last"], lanes) if micro.masked else None
 
-    def row_pointers(base: Value, pitch: Value | int) -> list[Value]:
-        # Every third row gets a pointer of its own; the two behind it are reached by the address modes base + pitch and base + 2 * pitch.
-        if isinstance(pitch, int):
-            return [base + m * pitch for m in range(micro.rows)]
-        pointers, twice = [], pitch * 2
-        for m in range(micro.rows):
-            if m and m % 3 == 0:
-                base = base + (twice + pitch)
-            pointers.append(base if m % 3 == 0 else base + (pitch if m % 3 == 1 else twice))
-        return pointers
-
     def block_mask(v: int) -> Value | None:
         return mask if v == micro.vectors - 1 else None
 
@@ -88,26 +93,15 @@ def emit_micro(module: Module, numeric: Numeric, micro: Micro) -> Function:
         return f.load(pointer + v * vector_bytes, numeric.vector) if chosen is None else f.load_masked(pointer + v * vector_bytes, chosen, numeric.vector)
 
     start = [f.zero(numeric.vector)] * (micro.rows * micro.vectors)
-    if not micro.unit_pitch and micro.orientation == "channels":
-        pitch, twice = f["pitch"], f["pitch"] * 2
-        thrice = pitch * 3
-
-    def sources(base: Value) -> list[Value]:
-        if micro.unit_pitch:
-            return [base + m * size for m in range(micro.rows)]
-        pointers = []
-        for m in range(micro.rows):
-            if m and m % 3 == 0:
-                base = base + thrice
-            pointers.append(base if m % 3 == 0 else base + (pitch if m % 3 == 1 else twice))
-        return pointers
+    gathers_rows = micro.orientation == "channels"
+    pitches = _Pitches(f["pitch"]) if gathers_rows and not micro.unit_pitch else None
 
     def step(index: Value, panel: Value, unroll: int, accumulators: list[Value]) -> list[Value]:
         gathered = f["source"] + f.load_index(f["table"], index)
         result = list(accumulators)
-        if micro.orientation == "channels":
+        if gathers_rows:
             vectors = [f.load(panel + (unroll * micro.vectors + v) * vector_bytes, numeric.vector) for v in range(micro.vectors)]
-            scalars = sources(gathered)
+            scalars = [gathered + m * size for m in range(micro.rows)] if pitches is None else pitches.rows(gathered, micro.rows)
         else:
             vectors = [f.load(gathered + v * vector_bytes, numeric.vector) for v in range(micro.vectors)]
             scalars = [panel + (unroll * micro.rows + m) * size for m in range(micro.rows)]
@@ -118,7 +112,7 @@ def emit_micro(module: Module, numeric: Numeric, micro: Micro) -> Function:
                 result[i] = dot(f, scalar, vectors[v], result[i]) if numeric.pairs else f.fma(scalar, vectors[v], result[i], fused)
         return result
 
-    stride = micro.vectors * vector_bytes if micro.orientation == "channels" else micro.rows * size
+    stride = micro.vectors * vector_bytes if gathers_rows else micro.rows * size
 
     def turn(unroll: int):  # type: ignore[no-untyped-def]
         def body(index: Value, panel: Value, *accumulators: Value) -> list[Value]:
@@ -132,7 +126,7 @@ def emit_micro(module: Module, numeric: Numeric, micro: Micro) -> Function:
     whole = f.integer("and", f["count"], -_UNROLL)
     panel, *values = f.loop(0, whole, _UNROLL, turn(_UNROLL), [f["panel"], *start])
     _, *values = f.loop(whole, f["count"], 1, turn(1), [panel, *values])
-    for m, (pointer, first) in enumerate(zip(row_pointers(f["c"], f["c_pitch"]), row_pointers(f["init"], f["init_pitch"]))):
+    for m, (pointer, first) in enumerate(zip(_Pitches(f["c_pitch"]).rows(f["c"], micro.rows), _Pitches(f["init_pitch"]).rows(f["init"], micro.rows))):
         for v in range(micro.vectors):
             value, chosen = f.fadd(values[m * micro.vectors + v], read(first, v)), block_mask(v)
             if micro.rounded:
