@@ -216,7 +216,8 @@ def _values(
         "gy_contiguous": int(problem.format == "nchw"), "whole_rows": int(whole_rows), "image_bytes": image_bytes,
         "pixel_offsets": pixel_offsets.ctypes.data, "last_pixel_offsets": last_offsets.ctypes.data, "taps": len(taps), "tap_offsets": taps.ctypes.data,
         # PyTorch sums float64 in short runs, and its error is the measure: shorter pieces, each summed from zero.
-        "chunk": _CHUNK_PIXELS // 2 if problem.dtype == "f64" else _CHUNK_PIXELS, "partial_at": 0, "partial_part": blocks * block_bytes, "partial_block": block_bytes, "partial_tap": tap, "partial_row": row,
+        "chunk": _CHUNK_PIXELS // 2 if problem.dtype == "f64" else _CHUNK_PIXELS,
+        "partial_at": 0, "partial_part": blocks * block_bytes, "partial_block": block_bytes, "partial_tap": tap, "partial_row": row,
         "bias_part_at": bias_at, "bias_part": problem.g * bias_group, "bias_group": bias_group, "has_bias": int(problem.epilogue.bias),
         "scratch_at": align(bias_at + config.parts * problem.g * bias_group + 64, 4096), "panel_pixels": images * tile_p * tile_q,
         "weight_rows": weight_rows.ctypes.data, "weight_pitch": channel_weights * memory, "runs": runs, "run_weights": run_weights,
