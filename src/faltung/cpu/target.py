@@ -128,7 +128,7 @@ def target() -> Target:
 
 @contextmanager
 def use_target(value: str | Target) -> Iterator[Target]:
-    """Plans made inside ``with use_target("avx2"):`` are for that target (by name, or a :class:`Target`).  For tests; not thread-safe."""
+    """Make plans for another target, by name or a :class:`Target`, inside a ``with`` block.  For tests; not thread-safe."""
     from .. import dispatch
 
     chosen = TARGETS[value] if isinstance(value, str) else value
