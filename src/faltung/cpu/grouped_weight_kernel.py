@@ -117,6 +117,9 @@ def _emit_pass(module: Module, numeric: Numeric, lanes: Lanes, kind: Pass, sizes
     def piece(lines: list[list[Value]], gy: Value, size: int, carried: tuple[Value, ...]) -> list[Value]:
         sums = list(carried)
         for x in range(size + kind.shape[-1]):
+            if x:
+                # Gradients are loaded anew for each column: held in registers, or loaded early, they would crowd out the sums.
+                f.barrier()
             used = [(t, x - shift) for t, shift in enumerate(kind.shape) if 0 <= x - shift < size]
             gradients = [(t, f.load(gy + q * vector, numeric.vector)) for t, q in used]
             for r, planes in enumerate(lines):
