@@ -79,8 +79,11 @@ def counts(axis: Axis) -> tuple[int, ...]:
 
 
 def _accumulators(target: Target, taps: int) -> int:
-    """Most accumulators of a block: the registers less the weights of one channel, a broadcast and the next one (a product where there is no fused one)."""
-    return target.registers - taps - (2 if target.fma else 3)
+    """Most accumulators of a block: the registers less the weights of one channel, a broadcast and the next one (a product where there is no fused one).
+
+    More than 16 were never faster: 1 x 14 pixels ran 5 to 10 % faster than 1 x 19, 1 x 28 and 2 x 10.
+    """
+    return min(16, target.registers - taps - (2 if target.fma else 3))
 
 
 def _choose_block(target: Target, unit: int, taps: int, rows: tuple[int, ...], columns: tuple[int, ...]) -> tuple[int, int]:
