@@ -1,0 +1,200 @@
+"""Convolutions of an image with few channels (the first layer of a network): forward and grad_weight of a problem with up to 8 input channels.
+
+    for a bounded number of images at a time:
+        padded[n, u, v, CP] = x with its padding in place and its channels filled up to CP = 4 or 8 (one pass over x)
+        the implicit GEMM of :mod:`.igemm`, for which a run of S pixels is one pixel of S * CP channels
+
+One kernel row is then a contiguous run, 32 elements for a 7x7 kernel of three channels, and no load needs a mask for the padding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..dispatch import Unsupported
+from ..problem import DTYPES, ConvProblem
+from . import tiling
+from .gather import MODES, AxisPhase, Phase
+from .igemm import launch_gather
+from .igemm_weight import launch_weight
+from .indexing import inside, padded
+from .reduction import bias_gradient, reduce_splits
+from .runtime import CudaPlan, accumulator, cdiv, device, image_strides, is_wide, weight_strides, workspace
+from .tiling import IgemmConfig, WeightConfig
+
+__all__ = ["STEM", "STEM_WEIGHT"]
+
+_BUFFER_BYTES = 64 << 20
+
+
+@triton.jit
+def pad_kernel(
+    x, out, ELEMENTS, C, H, W, PH, PW, sn, sc, sh, sw, top, left, CP: tl.constexpr, MODE: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """out[n, u, v, c] (PH, PW, CP) = x[n, c, u - top, v - left] by the padding mode, 0 for channels from C on."""
+    pid = tl.program_id(0)
+    if WIDE:
+        pid = pid.to(tl.int64)
+    e = pid * BLOCK + tl.arange(0, BLOCK)
+    c = e % CP
+    rest = e // CP
+    w = padded(rest % PW - left, W, MODE)
+    rest = rest // PW
+    h = padded(rest % PH - top, H, MODE)
+    n = rest // PH
+    ok = (e < ELEMENTS) & (c < C) & inside(h, H) & inside(w, W)
+    tl.store(out + e, tl.load(x + n * sn + c * sc + h * sh + w * sw, mask=ok, other=0.0), mask=e < ELEMENTS)
+
+
+@triton.jit
+def pack_kernel(weight, out, ELEMENTS, C, TAPS, wk, wc, wt, CP: tl.constexpr, BLOCK: tl.constexpr):
+    """out[k, tap, c] (CP channels) = weight[k, c, tap], 0 for channels from C on."""
+    e = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    c = e % CP
+    rest = e // CP
+    ok = (e < ELEMENTS) & (c < C)
+    tl.store(out + e, tl.load(weight + rest // TAPS * wk + rest % TAPS * wt + c * wc, mask=ok, other=0.0), mask=e < ELEMENTS)
+
+
+@dataclass(frozen=True)
+class _Form:
+    """The padded image of a problem: its size and channels, and the phase in which a kernel row is one tap."""
+
+    rows: int
+    columns: int
+    channels: int
+    phase: Phase
+
+    @property
+    def image(self) -> int:
+        return self.rows * self.columns * self.channels
+
+
+def _form(problem: ConvProblem) -> _Form:
+    """The form of a problem; raises :class:`Unsupported` where it has none."""
+    if problem.g != 1 or problem.c > 8:
+        raise Unsupported("needs one group of at most 8 input channels")
+    if problem.dilation[1] != 1:
+        raise Unsupported("a dilated kernel row is no contiguous run")
+    if problem.s == 1:
+        raise Unsupported("a kernel of one column gains nothing")
+    rows = (problem.p - 1) * problem.stride[0] + problem.effective_kernel[0]
+    columns = (problem.q - 1) * problem.stride[1] + problem.s
+    phase = Phase(
+        AxisPhase(0, 1, problem.p, problem.r, 0, 1, problem.stride[0], 0, problem.dilation[0]), AxisPhase(0, 1, problem.q, 1, 0, 1, problem.stride[1], 0, 1)
+    )
+    return _Form(rows, columns, 4 if problem.c <= 4 else 8, phase)
+
+
+def _images_at_once(problem: ConvProblem, form: _Form) -> int:
+    return max(1, min(problem.n, _BUFFER_BYTES // (form.image * DTYPES[problem.dtype])))
+
+
+def _pad(problem: ConvProblem, form: _Form, x: Tensor, out: Tensor, images: int) -> None:
+    left, _, top, _ = problem.padding
+    elements = images * form.image
+    pad_kernel[(cdiv(elements, 1024),)](
+        x, out, elements, problem.c, problem.h, problem.w, form.rows, form.columns, *image_strides(problem.format, *problem.input_shape[1:]), top, left,
+        CP=form.channels, MODE=MODES[problem.padding_mode], WIDE=is_wide(x, out), BLOCK=1024,
+    )  # fmt: skip
+
+
+def _strides(form: _Form) -> tuple[int, int, int, int]:
+    return form.image, 1, form.columns * form.channels, form.channels
+
+
+class Stem:
+    """The implementation named ``stem``: forward."""
+
+    name = "stem"
+
+    def configs(self, problem: ConvProblem) -> list[IgemmConfig]:
+        """What the tuner may choose from, the heuristic's choice first."""
+        return tiling.stem_candidates(problem, device())
+
+    def plan(self, problem: ConvProblem, threads: int = 1, config: IgemmConfig | None = None) -> CudaPlan:  # noqa: ARG002
+        """A plan for forward with few input channels; raises :class:`Unsupported` for others."""
+        if problem.direction != "forward":
+            raise Unsupported("computes forward")
+        form = _form(problem)
+        chosen = config or tiling.choose_stem(problem, device())
+        images = _images_at_once(problem, form)
+        run_length = problem.s * form.channels
+        wk, wc, _, ws = weight_strides(problem.weight_format, problem.c, problem.r, problem.s)
+        arguments: dict[str, Any] = {
+            "groups": 1,
+            "source_size": (form.rows, form.columns),
+            "source_channels": run_length,
+            "out_channels": problem.k,
+            "source_strides": _strides(form),
+            "out_strides": image_strides(problem.format, *problem.output_shape[1:]),
+            "weight_strides": (0, problem.r * run_length, 1, run_length, 0),
+            "mode": 0,
+            "config": chosen,
+        }
+
+        def run(source: Tensor, other: Tensor, side: Tensor | None, out: Tensor) -> None:
+            elements = problem.k * problem.r * run_length
+            weight = workspace((elements,), other.dtype, other)
+            taps = problem.r * problem.s
+            pack_kernel[(cdiv(elements, 1024),)](other, weight, elements, problem.c, taps, wk, wc, ws, CP=form.channels, BLOCK=1024)
+            buffer = workspace((images * form.image,), source.dtype, source)
+            for start in range(0, problem.n, images):
+                count = min(images, problem.n - start)
+                _pad(problem, form, source[start : start + count], buffer, count)
+                launch_gather(form.phase, buffer, weight, side, out[start : start + count], images=count, **arguments)
+
+        return CudaPlan(problem, self.name, run, {"config": chosen, "images_at_once": images})
+
+
+class StemWeight:
+    """The implementation named ``stem_weight``: grad_weight."""
+
+    name = "stem_weight"
+
+    def configs(self, problem: ConvProblem) -> list[WeightConfig]:
+        """What the tuner may choose from, the heuristic's choice first."""
+        return tiling.stem_weight_candidates(problem, device())
+
+    def plan(self, problem: ConvProblem, threads: int = 1, config: WeightConfig | None = None) -> CudaPlan:  # noqa: ARG002
+        """A plan for grad_weight with few input channels; raises :class:`Unsupported` for others."""
+        if problem.direction != "grad_weight":
+            raise Unsupported("computes grad_weight")
+        form = _form(problem)
+        chosen = config or tiling.choose_stem_weight(problem, device())
+        images = _images_at_once(problem, form)
+        row = problem.s * form.channels
+        pitch = problem.k * problem.r * row
+        wk, wc, _, ws = weight_strides(problem.weight_format, problem.c, problem.r, problem.s)
+        gy_strides = image_strides(problem.format, *problem.output_shape[1:])
+
+        def run(source: Tensor, other: Tensor, side: Tensor | None, out: Tensor) -> None:
+            buffer = workspace((images * form.image,), source.dtype, source)
+            parts: list[Tensor] = []
+            for start in range(0, problem.n, images):
+                count = min(images, problem.n - start)
+                _pad(problem, form, source[start : start + count], buffer, count)
+                partial, _ = launch_weight(
+                    form.phase, buffer, other[start : start + count], images=count, groups=1, size=(form.rows, form.columns), channels=row,
+                    outputs=problem.k, x_strides=_strides(form), gy_strides=gy_strides, mode=0, config=chosen,
+                )  # fmt: skip
+                parts.append(partial)
+            partial = parts[0] if len(parts) == 1 else torch.cat(parts)
+            sizes, strides = (problem.k, problem.r * problem.s, problem.c), (wk, ws, wc)
+            reduce_splits(partial, out, splits=partial.shape[0], pitch=pitch, sizes=sizes, strides=strides, row=form.channels)
+            if side is not None:
+                bias_gradient(problem, other, side)
+
+        memory = accumulator({"f64": torch.float64}.get(problem.dtype, torch.float32))[0].itemsize
+        facts = {"config": chosen, "images_at_once": images, "partial_bytes": chosen.splits * cdiv(problem.n, images) * pitch * memory}
+        return CudaPlan(problem, self.name, run, facts)
+
+
+STEM = Stem()
+STEM_WEIGHT = StemWeight()
