@@ -74,14 +74,14 @@ def test_zeros_cost_no_more_than_stock() -> None:
 
 def test_a_large_workspace_is_given_back() -> None:
     _, kept = workspaces.workspace(1 << 16)
-    assert kept is workspaces._local.buffer
-    before = workspaces._local.buffer
+    assert kept is workspaces._local.kept[2]
+    before = workspaces._local.kept[2]
     address, large = workspaces.workspace(workspaces.KEPT_BYTES + 1)
     assert large is not None
-    assert large is not workspaces._local.buffer
-    assert workspaces._local.buffer is before
+    assert large is not workspaces._local.kept[2]
+    assert workspaces._local.kept[2] is before
     assert address % 4096 == 0
-    assert workspaces.workspace(0) == (0, None)
+    assert workspaces.workspace(0)[1] is before
 
 
 def test_a_poisoned_workspace_is_nan_in_every_type() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,8 @@ from .arguments import Padding
 from .functional import conv2d
 
 __all__ = ["Conv2d", "LazyConv2d", "padding_of"]
+
+_compiling = torch.compiler.is_dynamo_compiling
 
 
 def padding_of(module: torch.nn.Conv2d) -> Padding:
@@ -29,6 +33,17 @@ class Conv2d(torch.nn.Conv2d):
     (left, right, top, bottom).  No padding mode copies the input.  ``torch.jit.script`` cannot compile it: use ``torch.compile`` or ``torch.export``.
     """
 
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        if _compiling():
+            return self._conv_forward(input, self.weight, self.bias)
+        # Module.__getattr__ takes as long as allocating a small output, and there would be two; what a parametrization computes is not in here
+        parameters: dict[str, Any] = self._parameters
+        try:
+            weight, bias = parameters["weight"], parameters["bias"]
+        except KeyError:
+            weight, bias = self.weight, self.bias
+        return self._conv_forward(input, weight, bias)
+
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # noqa: A002
         padding = self.padding if self.padding_mode == "zeros" else padding_of(self)
         return conv2d(input, weight, bias, self.stride, padding, self.dilation, self.groups, padding_mode=self.padding_mode)
@@ -38,4 +53,5 @@ class LazyConv2d(torch.nn.LazyConv2d):
     """A :class:`torch.nn.LazyConv2d` that becomes a :class:`Conv2d` of ours with its first input."""
 
     cls_to_become = Conv2d
+    forward = Conv2d.forward
     _conv_forward = Conv2d._conv_forward

@@ -27,6 +27,11 @@ _ARGUMENTS = "SymInt[2] stride, SymInt[4] padding, SymInt[2] dilation, SymInt gr
 # Inductor must hand over the strides that the fake kernels saw: they decide the format of the result
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_dispatch_keys = torch._C._dispatch_keys
+with torch.inference_mode(False):
+    _CPU_KEYS = _dispatch_keys(torch.empty(0, device="cpu"))
+
 _library = torch.library.Library("faltung", "DEF")
 _library.define(f"conv2d_forward(Tensor input, Tensor weight, Tensor? bias, {_ARGUMENTS}) -> Tensor", tags=_TAGS)
 _library.define(f"conv2d_grad_input(Tensor grad_output, Tensor weight, SymInt[4] input_size, {_ARGUMENTS}, bool channels_last) -> Tensor", tags=_TAGS)
@@ -92,8 +97,9 @@ class Convolution(Function):
 
 def _is_plain(grad_output: Tensor, saved: Tensor) -> bool:
     """Whether the gradient has memory to launch on, as the plain tensor that the forward saved: batched gradients, for one, have none."""
-    keys = torch._C._dispatch_keys
-    return type(grad_output) is Tensor and keys(grad_output) == keys(saved) and not torch._C._len_torch_dispatch_stack()
+    if type(grad_output) is not Tensor or _dispatch_modes():
+        return False
+    return bool(_dispatch_keys(grad_output) == (_CPU_KEYS if saved.is_cpu else _dispatch_keys(saved)))
 
 
 def _sum_to_bias(grad_output: Tensor) -> Tensor:

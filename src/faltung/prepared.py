@@ -35,7 +35,14 @@ DTYPE_NAMES = {torch.float32: "f32", torch.float64: "f64", torch.bfloat16: "bf16
 CACHE_LIMIT = 4096
 V = TypeVar("V")
 
-_empty_strided = torch.empty_strided
+try:  # what Inductor's generated code allocates with: half the time of torch.empty_strided, and no part of PyTorch's public interface
+    from torch._C._dynamo.guards import _empty_strided_cpu  # type: ignore[attr-defined]
+except ImportError:  # pragma: no cover
+
+    def _empty_strided_cpu(size: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.empty_strided(size, stride, dtype=dtype)
+
+
 _lock = threading.Lock()
 
 
@@ -185,7 +192,7 @@ class Prepared:
         return layout.strides_of(shape, layout.joined_format(shape, self.problem.format, dtype=self.problem.dtype, groups=self.problem.g))
 
     def _allocate(self, shape: tuple[int, ...], strides: tuple[int, ...]) -> Tensor:
-        tensor = _empty_strided(shape, strides, dtype=self.dtype, device=self.device)
+        tensor = _empty_strided_cpu(shape, strides, self.dtype)
         return tensor.fill_(float("nan")) if self.options.poison else tensor
 
     def _run(self, launch: Callable[..., None], source: Tensor, other: Tensor, side: Tensor | None, out: Tensor) -> None:
@@ -197,6 +204,10 @@ class Prepared:
 
 class PreparedOnDevice(Prepared):
     """The same for an accelerator's tensors, which its plans take as they are, with four dimensions."""
+
+    def _allocate(self, shape: tuple[int, ...], strides: tuple[int, ...]) -> Tensor:
+        tensor = torch.empty_strided(shape, strides, dtype=self.dtype, device=self.device)
+        return tensor.fill_(float("nan")) if self.options.poison else tensor
 
     def _run(self, launch: Callable[..., None], source: Tensor, other: Tensor, side: Tensor | None, out: Tensor) -> None:
         source, other, out = (t.unsqueeze(0) if t.dim() == 3 else t for t in (source, other, out))

@@ -15,8 +15,8 @@ _ALIGNMENT = 4096
 
 
 class _Local(threading.local):
-    buffer: npt.NDArray[np.uint8] | None = None
-    address: int = 0
+    kept: tuple[int, int, npt.NDArray[np.uint8] | None] = (0, 0, None)
+    """Usable bytes, address and owner of this thread's buffer."""
 
 
 _local = _Local()
@@ -27,16 +27,12 @@ def workspace(size: int, poison: bool = False) -> tuple[int, npt.NDArray[np.uint
 
     ``poison`` fills it with NaN of every floating type.
     """
-    if size == 0:
-        return 0, None
-    buffer = _local.buffer
-    if buffer is None or buffer.size < size + _ALIGNMENT:
+    usable, address, buffer = _local.kept
+    if size > usable:
         buffer = np.empty(size + _ALIGNMENT, np.uint8)
         address = -(-buffer.ctypes.data // _ALIGNMENT) * _ALIGNMENT
         if size <= KEPT_BYTES:
-            _local.buffer, _local.address = buffer, address
-    else:
-        address = _local.address
-    if poison:
+            _local.kept = size, address, buffer
+    if poison and buffer is not None:
         buffer.fill(0xFF)
     return address, buffer
