@@ -50,6 +50,35 @@ def test_many_python_threads_at_once() -> None:
     assert len(ran) == 8 * len(problems)
 
 
+@pytest.mark.parametrize("order", ("torch, sklearn.datasets", "sklearn.datasets, torch"))
+def test_the_threads_are_those_of_pytorch(order: str) -> None:
+    """With the OpenMP library of another package, which scikit-learn brings, every call would wake a second pool of threads."""
+    code = (
+        f"import {order}\n"
+        "import ctypes, faltung\n"
+        "from pathlib import Path\n"
+        "from faltung.codegen.threads import openmp_addresses\n"
+        "lines = Path('/proc/self/maps').read_text().splitlines()\n"
+        "def owner(address):\n"
+        "    for line in lines:\n"
+        "        start, stop = (int(end, 16) for end in line.split()[0].split('-'))\n"
+        "        if start <= address < stop:\n"
+        "            return line.split()[-1]\n"
+        "print(len({line.split()[-1] for line in lines if 'libgomp' in line}))\n"
+        "print(*[owner(address) for address in openmp_addresses()], sep='\\n')\n"
+        "torch.set_num_threads(3)\n"
+        "torch.randn(1 << 20).exp()\n"
+        "before = len(list(Path('/proc/self/task').iterdir()))\n"
+        "faltung.conv2d(torch.randn(8, 16, 64, 64), torch.randn(16, 16, 3, 3))\n"
+        "print(len(list(Path('/proc/self/task').iterdir())) - before)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    libraries, *owners, grown = done.stdout.splitlines()
+    assert int(libraries) >= 2, "nothing to confuse"
+    assert all(Path(owner).parent.name == "lib" and "torch" in owner for owner in owners), owners
+    assert grown == "0"
+
+
 def test_threads_that_compile_at_once(tmp_path: Path) -> None:
     """The first calls of all threads meet in an empty cache."""
     code = (
