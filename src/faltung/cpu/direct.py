@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import islice
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +21,7 @@ from .geometry import Axis, axes
 from .plan import CpuPlan
 from .target import Target
 from .tile import Tile, align, pitches, row_pitch, weight_strides
-from .tiling import Block, choose_block, split_count, tile_candidates, useful_threads
+from .tiling import Block, choose_block, least_cycles, split_count, tile_candidates, useful_threads
 
 __all__ = ["DIRECT", "Direct", "DirectConfig", "choose_config"]
 
@@ -30,6 +32,7 @@ _PAIR_LATENCY = 9.0  # measured: blocks of 12 sums run at three quarters of the 
 _PAIR_PIXELS = 1.15  # vectors over pixels lose this much more than float32's to the trip of the sums through scratch
 _SLACK = 4096
 _PLANE_BYTES = 512 << 10
+_PIXELS_CHUNK = 128
 _CANDIDATES = 8  # tile widths and heights tried, the largest that fit the cache first
 
 
@@ -76,10 +79,6 @@ class DirectConfig:
     packed: bool = True
 
 
-def _tile_bytes(rows: Axis, columns: Axis, channels: int, size: int) -> int:
-    return rows.scratch_starts[-1] * columns.scratch_starts[-1] * channels * size
-
-
 def _counts(axis: Axis) -> tuple[int, ...]:
     """Outputs in a tile: of every phase, in a whole and in the last tile."""
     found = set()
@@ -90,89 +89,124 @@ def _counts(axis: Axis) -> tuple[int, ...]:
     return tuple(sorted(found - {0}))
 
 
+@lru_cache(maxsize=1024)
 def choose_config(problem: ConvProblem, target: Target, threads: int, orientation: str | None = None) -> DirectConfig:
     """The configuration predicted to be fastest.  No choice but that of the pieces' length, which is the same for all, changes the bits."""
-    found = [_choose_tile(problem, target, threads, o) for o in ((orientation,) if orientation else ("channels", "pixels"))]
-    return min(found, key=lambda config: config.cycles)
-
-
-def _choose_tile(problem: ConvProblem, target: Target, threads: int, orientation: str) -> DirectConfig:
-    roles = Roles(problem)
-    numeric = Numeric(problem.dtype, target)
-    layout = "inner" if problem.format == "nhwc" and orientation == "channels" else "outer"
-    whole_rows, whole_columns = axes(problem, (1, 1))
-    size = numeric.compute_bytes
-
-    def fits(tile: tuple[int, int]) -> bool:
-        return _tile_bytes(*axes(problem, tile), numeric.elements(roles.source_channels), size) <= target.l2 // 2
-
+    lines = _Lines(problem)
     best: DirectConfig | None = None
-    wide = [q for q in tile_candidates(whole_columns.count) if fits((1, q))] or [1]
-    for tile_q in wide[:_CANDIDATES]:
-        high = [p for p in tile_candidates(whole_rows.count) if fits((p, tile_q))] or [1]
-        for tile_p in high[:_CANDIDATES]:
-            config = _configure(problem, target, threads, orientation, layout, (tile_p, tile_q))
-            if best is None or config.cycles < best.cycles:
-                best = config
-            if _small_enough(problem, (tile_p, tile_q), threads):
-                break
+    for wanted in (orientation,) if orientation else ("channels", "pixels"):
+        best = _Search(problem, target, threads, wanted, lines).best(best)
     assert best is not None
     return best
 
 
-def _small_enough(problem: ConvProblem, tile: tuple[int, int], threads: int) -> bool:
-    """Whether smaller tiles would only add packing: there are tasks enough to share out evenly."""
-    rows, columns = axes(problem, tile)
-    tasks = problem.n * problem.g * -(-rows.count // tile[0]) * -(-columns.count // tile[1])
-    return tasks >= 16 * threads
+class _Line:
+    """What the cost of a tile takes from one of its axes, as plain numbers."""
+
+    __slots__ = ("counts", "row_pitch", "scratch", "slabs", "tile", "tiles")
+
+    def __init__(self, axis: Axis) -> None:
+        self.tile, self.tiles = axis.tile, -(-axis.count // axis.tile)
+        self.scratch, self.slabs = axis.scratch_starts[-1], len(axis.slabs)
+        self.counts, self.row_pitch = _counts(axis), row_pitch(axis)
 
 
-def _configure(problem: ConvProblem, target: Target, threads: int, orientation: str, layout: str, tile: tuple[int, int]) -> DirectConfig:
-    """The best block for a tile, and the cost of the whole problem with it."""
-    roles, numeric = Roles(problem), Numeric(problem.dtype, target)
-    rows, columns = axes(problem, tile, dense=layout == "inner")
-    lanes, size = numeric.lanes, numeric.compute_bytes
-    tiles = -(-rows.count // tile[0]) * -(-columns.count // tile[1])
-    mean_rows = rows.count / -(-rows.count // tile[0])
-    source_channels = numeric.elements(roles.source_channels)
-    reduction = sum(len(r.taps) * len(c.taps) for r in rows.phases for c in columns.phases) * source_channels
-    phases = len(rows.phases) * len(columns.phases)
-    mean = reduction / max(1, phases)
-    if orientation == "channels":
-        vectors = -(-roles.out_channels // lanes)
-        costs = {"row_cycles": _PAIR_ROW_CYCLES, "latency": _PAIR_LATENCY} if numeric.pairs else {}
-        block = choose_block(target, _counts(columns), vectors, 192, round_vectors=False, **costs)
-        # The block was chosen for the distinct counts of columns; a row of a tile has the mean one.
-        counts = _counts(columns)
-        mean_columns = columns.count / -(-columns.count // tile[1])
-        per_step = block.cycles * mean_columns / sum(counts) * mean_rows
-        store = mean_rows * tile[1] * phases * vectors * (2.0 if problem.format == "nchw" else 0.5)
-        panels = -(-vectors // block.vectors)
-    else:
-        pixels = (tile[0] - 1) * row_pitch(columns) + tile[1]
-        whole = -(-pixels // lanes)
-        block = choose_block(target, (roles.out_channels,), whole, 128, round_vectors=True)
-        per_step = block.cycles * mean_rows / tile[0] * (_PAIR_PIXELS if numeric.pairs else 1.0)
-        store = tile[0] * tile[1] * phases * roles.out_channels / lanes * (1.0 if problem.format == "nchw" else 3.0) + roles.out_channels * tile[0] * 8
-        panels = -(-roles.out_channels // block.rows)
-    chunk = _PAIR_CHUNK if numeric.pairs else _chunk(-(-roles.out_channels // lanes), lanes * size)
-    scratch = rows.scratch_starts[-1] * columns.scratch_starts[-1] * source_channels
-    natural = (problem.format == "nchw") == (layout == "outer")
-    pack = (
-        scratch / lanes * (2.0 if natural else 6.0) + rows.scratch_starts[-1] * len(columns.slabs) * (source_channels if problem.format == "nchw" else 1) * 20.0
-    )
-    # Every task reads all packed weights: from the second-level cache at no cost, from the third-level one at about 12 bytes a cycle.
-    packed_bytes = reduction * roles.out_channels * size
-    reread = packed_bytes / 12 if packed_bytes > target.l2 // 2 else packed_bytes / 64
-    each = per_step * mean * phases + store + reread
-    tasks = problem.n * problem.g * tiles
-    k_blocks = min(panels, -(-2 * threads // tasks)) if tasks < 2 * threads else 1
-    if orientation == "pixels":
-        plane = len(columns.phases) * roles.out_channels * (pixels + 4 * lanes) * size
-        k_blocks = max(k_blocks, min(panels, -(-plane // _PLANE_BYTES)))
-    total = tasks * k_blocks
-    cycles = math.ceil(total / threads) * threads * (pack + each / k_blocks + 300.0)
-    return DirectConfig(orientation, layout, tile, block, chunk, k_blocks, cycles)
+class _Lines:
+    """The axes of a problem for every size of tile, each made once."""
+
+    def __init__(self, problem: ConvProblem) -> None:
+        self._problem = problem
+        self.whole = axes(problem, (1, 1))
+        self._rows: dict[int, _Line] = {}
+        self._columns: tuple[dict[int, _Line], dict[int, _Line]] = {}, {}
+
+    def rows(self, tile: int) -> _Line:
+        if tile not in self._rows:
+            self._rows[tile] = _Line(axes(self._problem, (tile, 1))[0])
+        return self._rows[tile]
+
+    def columns(self, tile: int, dense: bool = False) -> _Line:
+        found = self._columns[dense]
+        if tile not in found:
+            found[tile] = _Line(axes(self._problem, (1, tile), dense=dense)[1])
+        return found[tile]
+
+
+class _Search:
+    """The search for one orientation's configuration: the sizes that all of its tiles share."""
+
+    def __init__(self, problem: ConvProblem, target: Target, threads: int, orientation: str, lines: _Lines) -> None:
+        self.problem, self.target, self.threads, self.orientation, self.lines = problem, target, threads, orientation, lines
+        roles, numeric = Roles(problem), Numeric(problem.dtype, target)
+        self.layout = "inner" if problem.format == "nhwc" and orientation == "channels" else "outer"
+        self.lanes, self.size, self.pairs = numeric.lanes, numeric.compute_bytes, numeric.pairs
+        self.source_channels, self.out_channels = numeric.elements(roles.source_channels), roles.out_channels
+        rows, columns = lines.whole
+        self.row_count, self.column_count = rows.count, columns.count
+        self.column_phases, self.phases = len(columns.phases), len(rows.phases) * len(columns.phases)
+        self.reduction = sum(len(p.taps) for p in rows.phases) * sum(len(p.taps) for p in columns.phases) * self.source_channels
+        self.out_vectors = -(-self.out_channels // self.lanes)
+        self.chunk = _PAIR_CHUNK if self.pairs else _chunk(self.out_vectors, self.lanes * self.size)
+        # Every task reads all packed weights: from the second-level cache at no cost, from the third-level one at about 12 bytes a cycle.
+        packed_bytes = self.reduction * self.out_channels * self.size
+        self.reread = packed_bytes / 12 if packed_bytes > target.l2 // 2 else packed_bytes / 64
+        self.least = 0.0 if orientation == "channels" else least_cycles(target, (self.out_channels,), _PIXELS_CHUNK)
+
+    def fits(self, tile_p: int, tile_q: int) -> bool:
+        scratch = self.lines.rows(tile_p).scratch * self.lines.columns(tile_q).scratch
+        return scratch * self.source_channels * self.size <= self.target.l2 // 2
+
+    def best(self, best: DirectConfig | None) -> DirectConfig:
+        """The first of the fastest configurations, or ``best`` where none is faster."""
+        wide = list(islice((q for q in tile_candidates(self.column_count) if self.fits(1, q)), _CANDIDATES)) or [1]
+        for tile_q in wide:
+            high = list(islice((p for p in tile_candidates(self.row_count) if self.fits(p, tile_q)), _CANDIDATES)) or [1]
+            for tile_p in high:
+                config = self.configure(self.lines.rows(tile_p), self.lines.columns(tile_q, self.layout == "inner"), best.cycles if best else math.inf)
+                if config is not None and (best is None or config.cycles < best.cycles):
+                    best = config
+                # Smaller tiles would only add packing once there are tasks enough to share out evenly.
+                if self.problem.n * self.problem.g * self.lines.rows(tile_p).tiles * self.lines.columns(tile_q).tiles >= 16 * self.threads:
+                    break
+        assert best is not None
+        return best
+
+    def configure(self, rows: _Line, columns: _Line, limit: float) -> DirectConfig | None:
+        """The best block for a tile, and the cost of the whole problem with it; None where that is known to be above ``limit`` before."""
+        nchw = self.problem.format == "nchw"
+        tasks = self.problem.n * self.problem.g * rows.tiles * columns.tiles
+        scratch = rows.scratch * columns.scratch * self.source_channels
+        pack = (
+            scratch / self.lanes * (2.0 if nchw == (self.layout == "outer") else 6.0)
+            + rows.scratch * columns.slabs * (self.source_channels if nchw else 1) * 20.0
+        )
+        mean_rows = self.row_count / rows.tiles
+        mean = self.reduction / max(1, self.phases)
+        k_blocks = 1
+        if self.orientation == "channels":
+            costs = {"row_cycles": _PAIR_ROW_CYCLES, "latency": _PAIR_LATENCY} if self.pairs else {}
+            block = choose_block(self.target, columns.counts, self.out_vectors, 192, round_vectors=False, **costs)
+            # The block was chosen for the distinct counts of columns; a row of a tile has the mean one.
+            per_step = block.cycles * (self.column_count / columns.tiles) / sum(columns.counts) * mean_rows
+            store = mean_rows * columns.tile * self.phases * self.out_vectors * (2.0 if nchw else 0.5)
+            panels = -(-self.out_vectors // block.vectors)
+        else:
+            pixels = (rows.tile - 1) * columns.row_pitch + columns.tile
+            whole = -(-pixels // self.lanes)
+            slow = mean_rows / rows.tile * (_PAIR_PIXELS if self.pairs else 1.0)
+            store = rows.tile * columns.tile * self.phases * self.out_channels / self.lanes * (1.0 if nchw else 3.0) + self.out_channels * rows.tile * 8
+            if tasks * (pack + whole * self.least * slow * mean * self.phases + store + self.reread) > limit * 1.001:
+                return None
+            block = choose_block(self.target, (self.out_channels,), whole, _PIXELS_CHUNK, round_vectors=True)
+            per_step = block.cycles * mean_rows / rows.tile * (_PAIR_PIXELS if self.pairs else 1.0)
+            panels = -(-self.out_channels // block.rows)
+            plane = self.column_phases * self.out_channels * (pixels + 4 * self.lanes) * self.size
+            k_blocks = min(panels, -(-plane // _PLANE_BYTES))
+        each = per_step * mean * self.phases + store + self.reread
+        if tasks < 2 * self.threads:
+            k_blocks = max(k_blocks, min(panels, -(-2 * self.threads // tasks)))
+        cycles = math.ceil(tasks * k_blocks / self.threads) * self.threads * (pack + each / k_blocks + 300.0)
+        return DirectConfig(self.orientation, self.layout, (rows.tile, columns.tile), block, self.chunk, k_blocks, cycles)
 
 
 def _chunk(out_vectors: int, vector_bytes: int) -> int:

@@ -9,7 +9,7 @@ A tile's scratch holds *slabs*: runs of source indices ``step`` apart, shared by
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -141,28 +141,39 @@ def axes(problem: ConvProblem, tile: tuple[int, int], *, dense: bool = False) ->
 
 
 def _forward_axis(size: int, outputs: int, kernel: int, stride: int, dilation: int, before: int, mode: str, tile: int, dense: bool = False) -> Axis:
-    offsets = [tap * dilation - before for tap in range(kernel)]
     step, advance = (1, stride) if dense else (stride, 1)
-    slabs, placed = _slabs(offsets, step, tile * advance)
-    taps = tuple(Tap(i, *placed[offset]) for i, offset in enumerate(offsets))
+    slabs, taps = _forward_taps(kernel, dilation, before, step, min(tile * advance, dilation * kernel))
     return Axis(size, step, outputs, tile, 1, mode, slabs, (Phase(0, outputs, taps),), advance)
+
+
+@lru_cache(maxsize=1024)
+def _forward_taps(kernel: int, dilation: int, before: int, step: int, longest: int) -> tuple[tuple[Slab, ...], tuple[Tap, ...]]:
+    offsets = [tap * dilation - before for tap in range(kernel)]
+    slabs, placed = _slabs(offsets, step, longest)
+    return slabs, tuple(Tap(i, *placed[offset]) for i, offset in enumerate(offsets))
 
 
 def _grad_input_axis(size: int, outputs: int, kernel: int, stride: int, dilation: int, before: int, tile: int) -> Axis:
     """Input index ``h = start + i * stride`` is reached by tap ``t`` from output ``(h + before - t * dilation) / stride``, where whole."""
+    slabs, phases = _grad_input_phases(size, kernel, stride, dilation, before, min(tile, dilation * kernel))
+    return Axis(outputs, 1, max((p.count for p in phases), default=0), tile, stride, "zeros", slabs, phases)
+
+
+@lru_cache(maxsize=1024)
+def _grad_input_phases(size: int, kernel: int, stride: int, dilation: int, before: int, longest: int) -> tuple[tuple[Slab, ...], tuple[Phase, ...]]:
     found: list[list[tuple[int, int]]] = []
     for start in range(min(stride, size)):
         whole = [t for t in range(kernel) if (start + before - t * dilation) % stride == 0]
         found.append([(t, (start + before - t * dilation) // stride) for t in whole])
-    slabs, placed = _slabs(sorted({offset for taps in found for _, offset in taps}), 1, tile)
+    slabs, placed = _slabs(sorted({offset for taps in found for _, offset in taps}), 1, longest)
     phases = tuple(
         Phase(start, (size - start + stride - 1) // stride, tuple(Tap(t, *placed[offset]) for t, offset in taps)) for start, taps in enumerate(found)
     )
-    return Axis(outputs, 1, max((p.count for p in phases), default=0), tile, stride, "zeros", slabs, phases)
+    return slabs, phases
 
 
 def _slabs(offsets: list[int], step: int, tile: int) -> tuple[tuple[Slab, ...], dict[int, tuple[int, int]]]:
-    """Slabs that hold every offset's reads, and the (slab, shift) of each offset.
+    """Slabs that hold every offset's reads, and the (slab, shift) of each offset.  Tiles longer than every gap give the same slabs.
 
     Offsets that differ by multiples of ``step`` can share a slab; they do where the shared slab is no longer than separate ones.
     """

@@ -7,17 +7,18 @@ holds for every x86 server core of the last years; only the ratios matter.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
 from .micro import largest_rows
 from .target import Target
 
-__all__ = ["Block", "choose_block", "split", "split_count", "tile_candidates", "useful_threads"]
+__all__ = ["Block", "choose_block", "least_cycles", "split", "split_count", "tile_candidates", "useful_threads"]
 
 _CALL_CYCLES = 40.0
 _LATENCY = 4.0
+_MOST_VECTORS = 4
 _FORK_CYCLES = 12_000  # about 3 us: a fork and join costs a third of that, and more where the threads have gone to sleep
 
 
@@ -52,9 +53,35 @@ def step_cycles(rows: int, vectors: int, latency: float = _LATENCY) -> float:
     return max(rows * vectors / 2, (rows + vectors + 1) / 2, latency)
 
 
-def _pieces_cost(total: int, size: int, cost: dict[int, float]) -> float:
-    wide, narrow = split_count(total, size)
-    return wide * cost[size] + (narrow * cost[size - 1] if narrow else 0.0)
+@lru_cache(maxsize=64)
+def _step_costs(chunk: int, row_cycles: float, latency: float) -> dict[tuple[int, int], float]:
+    """Cycles of one step of the reduction for every ``(rows, vectors)`` of a micro-kernel, a call's share included."""
+    return {
+        (rows, vectors): step_cycles(rows, vectors, latency) + row_cycles * rows + (_CALL_CYCLES + 2.0 * rows * vectors) / chunk
+        for rows in range(1, largest_rows(1, 1 << 10, fma=True) + 1)
+        for vectors in range(1, _MOST_VECTORS + 1)
+    }
+
+
+@lru_cache(maxsize=512)
+def _row_costs(target: Target, row_totals: tuple[int, ...], chunk: int, row_cycles: float, latency: float) -> tuple[tuple[tuple[int, float, float], ...], ...]:
+    """For 1, 2, ... vectors: each number of rows that splits ``row_totals``, with the cycles of all rows by that many vectors and by one fewer."""
+    cost = _step_costs(chunk, row_cycles, latency)
+    pieces: dict[int, list[float]] = {}
+    for rows in range(1, largest_rows(1, target.registers, target.fma) + 1):
+        counts = [split_count(total, rows) for total in row_totals]
+        if all(wide >= 0 for wide, _ in counts):
+            pieces[rows] = [
+                sum(wide * cost[rows, v] + (narrow * cost[rows - 1, v] if narrow else 0.0) for wide, narrow in counts) for v in range(1, _MOST_VECTORS + 1)
+            ]
+    return tuple(
+        tuple(
+            (rows, cycles[v - 1], cycles[v - 2] if v > 1 else math.inf)
+            for rows, cycles in pieces.items()
+            if rows <= largest_rows(v, target.registers, target.fma)
+        )
+        for v in range(1, _MOST_VECTORS + 1)
+    )
 
 
 @lru_cache(maxsize=4096)
@@ -66,42 +93,36 @@ def choose_block(
     ``row_cycles``: what reading a row costs in a step, beside the load; ``latency`` of a multiply-add.  ``round_vectors``: the last piece of vectors
     may run over the end (into scratch), so every count of vectors can be split.
     """
-    best: Block | None = None
-    for vectors in range(1, min(4, vector_total) + 1):
-        if not round_vectors and not split(vector_total, vectors):
-            continue
-        for rows in range(1, largest_rows(vectors, target.registers, target.fma) + 1):
-            if not all(split(total, rows) for total in row_totals):
+    costs = _row_costs(target, row_totals, chunk, row_cycles, latency)
+    least, rows, vectors = math.inf, 0, 0
+    for v in range(1, min(_MOST_VECTORS, vector_total) + 1):
+        wide, narrow = split_count(vector_total, v)
+        if wide < 0:
+            if not round_vectors:
                 continue
-            cycles = _block_cycles(rows, vectors, row_totals, vector_total, chunk, row_cycles, latency)
-            if best is None or cycles < best.cycles:
-                best = Block(rows, vectors, cycles)
-    assert best is not None  # rows = vectors = 1 always splits
-    return best
+            wide, narrow = 0, -(-vector_total // v)
+            if narrow * (v - 1) < vector_total:
+                wide, narrow = narrow, 0
+        for size, of_wide, of_narrow in costs[v - 1]:
+            cycles = wide * of_wide + (narrow * of_narrow if narrow else 0.0)
+            if cycles < least:
+                least, rows, vectors = cycles, size, v
+    assert rows  # one row by one vector always splits
+    return Block(rows, vectors, least)
 
 
-def _block_cycles(rows: int, vectors: int, row_totals: Iterable[int], vector_total: int, chunk: int, row_cycles: float, latency: float) -> float:
-    cycles = 0.0
-    wide, narrow = split_count(vector_total, vectors)
-    if wide < 0:
-        wide, narrow = 0, -(-vector_total // vectors)
-        if narrow * (vectors - 1) < vector_total:
-            wide, narrow = narrow, 0
-    for count, width in ((wide, vectors), (narrow, vectors - 1)):
-        if count <= 0:
-            continue
-        if width == 0:
-            return math.inf
-        cost = {size: step_cycles(size, width, latency) + row_cycles * size + (_CALL_CYCLES + 2.0 * size * width) / chunk for size in (rows, rows - 1) if size}
-        cycles += count * sum(_pieces_cost(total, rows, cost) for total in row_totals)
-    return cycles
+@lru_cache(maxsize=512)
+def least_cycles(target: Target, row_totals: tuple[int, ...], chunk: int) -> float:
+    """What :func:`choose_block` predicts at least for each of its vectors: cheap, for ruling out tiles."""
+    return min(of_wide / (v + 1) for v, costs in enumerate(_row_costs(target, row_totals, chunk, 0.0, _LATENCY)) for _, of_wide, _ in costs)
 
 
 def tile_candidates(count: int) -> Iterator[int]:
     """Tile sizes that split ``count`` evenly, from all of it down to 1."""
-    seen = set()
-    for pieces in range(1, count + 1):
+    size = count
+    while size > 1:
+        yield size
+        pieces = -(-count // (size - 1))  # the fewest that make them smaller
         size = -(-count // pieces)
-        if size not in seen:
-            seen.add(size)
-            yield size
+    if count:
+        yield 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +30,11 @@ __all__ = ["WINOGRAD", "Winograd", "build_plan"]
 _SLACK = 1024
 _Tables = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.float32]]
 _REPRODUCIBLE_BATCH = 8  # the batch that the choice of algorithm is made for where it must not depend on the batch
+
+
+@lru_cache(maxsize=1024)
+def _error_bound(algorithm: Algorithm, channels: int) -> float:
+    return algorithm.error_bound(channels)
 
 
 def refusal(problem: ConvProblem, target: Target) -> str | None:
@@ -114,7 +120,7 @@ def build_plan(problem: ConvProblem, target: Target, threads: int, config: Winog
     values = _values(roles, config, layout, tables)
     facts = {
         "tile": f"{config.algorithm.m}x{config.algorithm.m}", "order": config.order, "block_tiles": config.tiles, "blocks": layout.blocks,
-        "predicted_cycles": config.cycles, "error_bound": config.algorithm.error_bound(roles.source_channels),
+        "predicted_cycles": config.cycles, "error_bound": _error_bound(config.algorithm, roles.source_channels),
     }  # fmt: skip
     return CpuPlan(problem, name, load(kernel.name, target, kernel.emit), ARGUMENTS.pack(threads, values), tables, layout.workspace, facts)
 
@@ -178,7 +184,7 @@ class Winograd:
         if reason is not None:
             raise Unsupported(reason)
         roles = Roles(problem)
-        allowed = tuple(a for a in (F4, F2) if a.error_bound(roles.source_channels) <= ERROR_LIMIT)
+        allowed = tuple(a for a in (F4, F2) if _error_bound(a, roles.source_channels) <= ERROR_LIMIT)
         if not allowed:
             raise Unsupported(f"the error bound over {roles.source_channels} channels is above {ERROR_LIMIT:g}")
         allowed = _faster_than_direct(problem, target, threads, allowed)

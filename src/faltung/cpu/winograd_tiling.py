@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from ..problem import ConvProblem
 from .target import Target
@@ -99,7 +100,12 @@ def panel_vectors(total: int, largest: int, partial: bool) -> int:
 
 def choose_config(problem: ConvProblem, target: Target, threads: int, allowed: tuple[Algorithm, ...]) -> WinogradConfig:
     """The configuration predicted to be fastest."""
-    return min((c for algorithm in allowed for c in candidates(problem, target, threads, algorithm)), key=lambda c: c.cycles)
+    return min((_best(problem, target, threads, algorithm) for algorithm in allowed), key=lambda c: c.cycles)
+
+
+@lru_cache(maxsize=1024)
+def _best(problem: ConvProblem, target: Target, threads: int, algorithm: Algorithm) -> WinogradConfig:
+    return min(candidates(problem, target, threads, algorithm), key=lambda c: c.cycles)
 
 
 def direct_cycles(problem: ConvProblem, cycles: float, threads: int) -> float:
