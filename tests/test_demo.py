@@ -67,7 +67,7 @@ def test_table_names_both(trained):
     _, ours, stock = trained
     table = comparison(ours, stock)
     assert [column.header for column in table.columns] == ["", "faltung", "stock PyTorch"]
-    assert table.row_count == 5
+    assert table.row_count == 6
 
 
 def test_pictures_are_drawn(trained, digits, tmp_path):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-__all__ = ["Digits", "Run", "accuracy", "load", "network", "train"]
+__all__ = ["Digits", "Run", "accuracy", "load", "network", "training"]
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,10 @@ class Digits:
 
 @dataclass
 class Run:
-    """One training: the loss of every step, the seconds of all steps but the first, those of the first, and the test accuracy."""
+    """One training: the loss and the seconds of every step, and the test accuracy."""
 
     losses: list[float] = field(default_factory=list)
-    seconds: float = 0.0
-    first_step: float = 0.0
+    seconds: list[float] = field(default_factory=list)
     accuracy: float = 0.0
 
 
@@ -81,7 +80,7 @@ def network(convolution: type[nn.Conv2d], seed: int) -> nn.Sequential:
         )
 
 
-def train(
+def training(
     model: nn.Module,
     data: Digits,
     *,
@@ -90,17 +89,18 @@ def train(
     batch: int = 64,
     rate: float = 0.005,
     advance: Callable[[int, float], object] | None = None,
-) -> Run:
+) -> Iterator[Run]:
     """Train ``model`` by gradient descent with momentum on ``data``; the seed fixes the order and the shifts of the images.
 
+    Goes on by one epoch for each ``next``, so that two trainings can take turns, and yields the same run, longer each time.
     ``advance`` is called after every step with the epoch, from 1, and the step's loss.
     """
     run = Run()
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9, weight_decay=5e-4)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * -(-len(data.train_x) // batch))
-    model.train()
     for epoch in range(1, epochs + 1):
+        model.train()
         for picked in torch.randperm(len(data.train_x), generator=generator).split(batch):
             start = time.perf_counter()
             loss = functional.cross_entropy(model(_shifted(data.train_x[picked], generator)), data.train_y[picked])
@@ -109,15 +109,12 @@ def train(
             optimizer.step()
             schedule.step()
             run.losses.append(loss.item())
-            passed = time.perf_counter() - start
-            if len(run.losses) == 1:
-                run.first_step = passed
-            else:
-                run.seconds += passed
+            run.seconds.append(time.perf_counter() - start)
             if advance is not None:
                 advance(epoch, run.losses[-1])
-    run.accuracy = accuracy(model, data)
-    return run
+        if epoch == epochs:
+            run.accuracy = accuracy(model, data)
+        yield run
 
 
 def _shifted(images: torch.Tensor, generator: torch.Generator, most: int = 2) -> torch.Tensor:
@@ -129,7 +126,7 @@ def _shifted(images: torch.Tensor, generator: torch.Generator, most: int = 2) ->
 
 
 def accuracy(model: nn.Module, data: Digits) -> float:
-    """The share of the test images that ``model`` names rightly."""
+    """The share of the test images that ``model``, set to evaluation, names rightly."""
     model.eval()
     with torch.inference_mode():
         right = sum(int((model(x).argmax(1) == y).sum()) for x, y in zip(data.test_x.split(256), data.test_y.split(256)))
