@@ -106,7 +106,11 @@ def stock(problem: ConvProblem, inputs: Inputs) -> Result:
             padded, padding = x, (top, left)
         else:
             padded, padding = F.pad(x, problem.padding, mode="constant" if problem.padding_mode == "zeros" else problem.padding_mode), (0, 0)
-        y = F.conv2d(padded, w, bias if problem.epilogue.bias else None, problem.stride, padding, problem.dilation, problem.g)
+        stride = problem.stride
+        if (problem.r, problem.s) == (1, 1) and stride != (1, 1) and padding == (0, 0):
+            # PyTorch 2.14 writes outside of its buffers in the weight's gradient of some 1x1 layers with a stride, and the process dies
+            padded, stride = padded[:, :, :: stride[0], :: stride[1]], (1, 1)
+        y = F.conv2d(padded, w, bias if problem.epilogue.bias else None, stride, padding, problem.dilation, problem.g)
         if problem.direction == "forward":
             return Result(y.detach())
         wanted = {"grad_input": (x,), "grad_weight": (w, bias) if problem.epilogue.bias else (w,)}[problem.direction]
