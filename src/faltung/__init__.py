@@ -9,7 +9,7 @@ from .convert import ConversionEntry, ConversionReport, accelerate, conversion_r
 from .dispatch import Unsupported
 from .explain import Explanation, explain
 from .functional import conv2d, conv2d_output_size
-from .nn import Conv2d, LazyConv2d
+from .nn import Conv2d, LazyConv2d, freeze, unfreeze
 from .problem import ConvProblem
 
 __all__ = [
@@ -27,6 +27,8 @@ __all__ = [
     "conversion_report",
     "convert",
     "explain",
+    "freeze",
+    "unfreeze",
 ]
 
 __version__ = "0.1.0"

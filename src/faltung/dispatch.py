@@ -14,7 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 from . import config
 from .problem import ConvProblem
 
-__all__ = ["Decision", "Implementation", "Plan", "Unsupported", "available", "decide", "implementations", "plan", "serves"]
+__all__ = ["Decision", "Freezable", "FrozenPlan", "Implementation", "Plan", "Unsupported", "available", "decide", "implementations", "plan", "serves"]
 
 
 class Unsupported(RuntimeError):
@@ -37,6 +37,37 @@ class Plan(Protocol):
 
     def describe(self) -> dict[str, Any]:
         """Facts for ``explain``: tile, workspace in bytes, kernel name, predicted seconds, ..."""
+        ...
+
+
+class FrozenPlan(Protocol):
+    """A plan with the weights that it was frozen with, launched as the plan is; ``bytes`` is what keeping them takes."""
+
+    @property
+    def launch(self) -> Callable[..., None]: ...
+
+    @property
+    def bytes(self) -> int: ...
+
+    def share(self, other: Any) -> bool:
+        """Use the memory of another frozen plan's weights where they are the same; whether they are."""
+        ...
+
+    def shares(self, other: Any) -> bool:
+        """Whether both use the same memory."""
+        ...
+
+
+@runtime_checkable
+class Freezable(Protocol):
+    """A plan that can keep its weights as its kernel reads them, packed or transformed."""
+
+    def freeze(self, other: int, bias: int) -> FrozenPlan | None:
+        """The plan for the weights (and the bias) at these addresses; None where there is nothing to keep."""
+        ...
+
+    def describe_frozen(self) -> dict[str, Any]:
+        """Facts of the frozen plan, ``frozen_bytes`` among them: what keeping the weights takes."""
         ...
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from . import config, dispatch, layout
 from .arguments import Arguments
 from .functional import reason_for_stock, resolve
-from .nn import padding_of
+from .nn import Conv2d, LazyConv2d, padding_of
 from .prepared import DTYPE_NAMES, Prepared, engine_for, kind_of, prepare
 from .problem import DIRECTIONS, ConvProblem, Direction
 
@@ -117,19 +117,22 @@ def _explain_layer(layer: str, module: torch.nn.Conv2d, x: Tensor, measure: bool
     explained = []
     for direction in DIRECTIONS:
         problem = call.problem.with_direction(direction, bias=bias is not None and direction != "grad_input")
-        explained.append(replace(_explain_problem(problem, x.device, measure), layer=layer))
+        frozen = direction == "forward" and isinstance(module, (Conv2d, LazyConv2d)) and module.frozen
+        explained.append(replace(_explain_problem(problem, x.device, measure, frozen), layer=layer))
     return tuple(explained)
 
 
-def _explain_problem(problem: ConvProblem, device: torch.device, measure: bool) -> ProblemExplanation:
+def _explain_problem(problem: ConvProblem, device: torch.device, measure: bool, frozen: bool = False) -> ProblemExplanation:
     threads = torch.get_num_threads() if device.type == "cpu" else 1
     engine = engine_for(device)
     decision = dispatch.decide(problem, engine, threads)
-    measured = _measure(problem, device, threads) if measure else None
-    return ProblemExplanation(problem, engine, decision.plan.implementation, decision.plan.describe(), decision.refusals, measured_seconds=measured)
+    plan = decision.plan
+    facts = plan.describe_frozen() if frozen and isinstance(plan, dispatch.Freezable) else plan.describe()
+    measured = _measure(problem, device, threads, frozen) if measure else None
+    return ProblemExplanation(problem, engine, plan.implementation, facts, decision.refusals, measured_seconds=measured)
 
 
-def _measure(problem: ConvProblem, device: torch.device, threads: int) -> float:
+def _measure(problem: ConvProblem, device: torch.device, threads: int, frozen: bool) -> float:
     dtype = _DTYPES[problem.dtype]
 
     def random(shape: tuple[int, ...], fmt: Any) -> Tensor:
@@ -144,6 +147,9 @@ def _measure(problem: ConvProblem, device: torch.device, threads: int) -> float:
         "grad_input": lambda: call.grad_input(y, w),
         "grad_weight": lambda: call.grad_weight(x, y, bias is not None),
     }
+    kept = call.freeze(w, bias) if frozen else None
+    if kept is not None:
+        runs["forward"] = lambda: call.forward_frozen(kept, x, w, bias)
     run = runs[problem.direction]
     times: list[float] = []
     run()

@@ -18,7 +18,7 @@ from . import config, ops
 from .arguments import Arguments, Padding, Sizes, check, conv2d_output_size, normalize
 from .prepared import DTYPE_NAMES, Prepared, bounded, has_engine, prepare, require_engine
 
-__all__ = ["conv2d", "conv2d_output_size", "reason_for_stock", "resolve"]
+__all__ = ["conv2d", "conv2d_output_size", "is_plain", "prepared_call", "reason_for_stock", "resolve"]
 
 _PLAIN = frozenset({Tensor, Parameter})
 _calls: dict[Any, Prepared] = {}
@@ -57,18 +57,7 @@ def conv2d(
 
     Raises TypeError, ValueError or RuntimeError where ``torch.nn.functional.conv2d`` does.
     """
-    if (
-        _compiling()
-        or type(input) not in _PLAIN
-        or type(weight) not in _PLAIN
-        or (bias is not None and type(bias) not in _PLAIN)
-        or _function_modes()
-        or _dispatch_modes()
-        or _transforms()
-        or _autocasting()
-        or _tracing() is not None
-        or forward_ad._current_level >= 0
-    ):
+    if not is_plain(input, weight, bias):
         return _general(input, weight, bias, stride, padding, dilation, groups, padding_mode)
     key: tuple[Any, ...] | None
     try:
@@ -88,6 +77,22 @@ def conv2d(
     if _grad_enabled() and (input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
         return _apply(input, weight, bias, call)
     return call.forward(input, weight, bias)
+
+
+def is_plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether nothing stands between PyTorch and a call with these operands: no compiler, transform, mode or subclass of Tensor."""
+    return not (
+        _compiling()
+        or type(x) not in _PLAIN
+        or type(weight) not in _PLAIN
+        or (bias is not None and type(bias) not in _PLAIN)
+        or _function_modes()
+        or _dispatch_modes()
+        or _transforms()
+        or _autocasting()
+        or _tracing() is not None
+        or forward_ad._current_level >= 0
+    )
 
 
 def _is_exact(value: Any) -> bool:
@@ -113,6 +118,17 @@ def _first(key: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *arguments:
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
         return _apply(x, weight, bias, call)
     return call.forward(x, weight, bias)
+
+
+def prepared_call(x: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any) -> Prepared | None:
+    """The convolution that a plain eager call launches; None where it does something else (PyTorch's own convolution, a registered operator)."""
+    if reason_for_stock(x, weight, bias) is not None or x.is_meta:
+        return None
+    form = resolve(x, weight, bias, *arguments)
+    if _crops_before_wrapping(form):
+        return None
+    require_engine(x.device)
+    return prepare(x, weight, bias, form)
 
 
 def _general(x: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any) -> Tensor:

@@ -156,6 +156,17 @@ class Prepared:
         self._run(launch, x, weight, bias, output)
         return output
 
+    def freeze(self, weight: Tensor, bias: Tensor | None) -> dispatch.FrozenPlan | None:
+        """The forward plan with these dense weights packed; None where it keeps nothing."""
+        plan = self._plan("forward", self.problem.epilogue.bias)
+        return plan.freeze(weight.data_ptr(), 0 if bias is None else bias.data_ptr()) if isinstance(plan, dispatch.Freezable) else None
+
+    def forward_frozen(self, plan: dispatch.FrozenPlan, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """:meth:`forward` by a plan of :meth:`freeze`, for the operands that it was made for."""
+        output = self._allocate(self.output_shape, self.output_strides)
+        self._run(plan.launch, x, weight, bias, output)
+        return output
+
     def grad_input(self, grad_output: Tensor, weight: Tensor) -> Tensor:
         """The gradient of the input; the operands may have any strides (what autograd saved may come back with others)."""
         launch = self._grad_input
@@ -183,10 +194,13 @@ class Prepared:
         self._run(launch, x, grad_output, grad_bias, grad_weight)
         return grad_weight, grad_bias
 
-    def _launcher(self, direction: Direction, bias: bool) -> Callable[..., None]:
+    def _plan(self, direction: Direction, bias: bool) -> dispatch.Plan:
         # the backward pass may run on a thread of autograd's, where the caller's options are not in force
         with config.applied(self.options):
-            return dispatch.decide(self.problem.with_direction(direction, bias=bias), engine_for(self.device), self.threads).plan.launch
+            return dispatch.plan(self.problem.with_direction(direction, bias=bias), engine_for(self.device), self.threads)
+
+    def _launcher(self, direction: Direction, bias: bool) -> Callable[..., None]:
+        return self._plan(direction, bias).launch
 
     def _strides_of_result(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         return layout.strides_of(shape, layout.joined_format(shape, self.problem.format, dtype=self.problem.dtype, groups=self.problem.g))
@@ -230,6 +244,12 @@ class Normalizing(Prepared):
         bias = None if bias is None else dense(bias, "nchw")
         return self.dense.forward(dense(x, problem.format), dense(weight, problem.weight_format), bias)
 
+    def freeze(self, weight: Tensor, bias: Tensor | None) -> dispatch.FrozenPlan | None:
+        return self.dense.freeze(dense(weight, self.problem.weight_format), None if bias is None else dense(bias, "nchw"))
+
+    def forward_frozen(self, plan: dispatch.FrozenPlan, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return self.dense.forward_frozen(plan, dense(x, self.problem.format), weight, bias)
+
     def grad_input(self, grad_output: Tensor, weight: Tensor) -> Tensor:
         return self.dense.grad_input(dense(grad_output, self.problem.format), dense(weight, self.problem.weight_format))
 
@@ -245,6 +265,9 @@ class Empty(Prepared):
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # noqa: ARG002
         return empty_output(x, self.output_shape)
+
+    def freeze(self, weight: Tensor, bias: Tensor | None) -> None:  # noqa: ARG002
+        return None
 
     def grad_input(self, grad_output: Tensor, weight: Tensor) -> Tensor:  # noqa: ARG002
         return grad_output.new_zeros(self.input_shape)

@@ -39,6 +39,17 @@ class ArgumentBlock:
             raise KeyError(f"arguments {sorted(set(every) ^ set(self.names))} are missing or unknown")
         return np.array([every[name] for name in self.names], dtype=np.int64)
 
+    def value(self, block: npt.NDArray[np.int64], name: str) -> int:
+        """An argument's value in a packed block."""
+        return int(block[self._index[name]])
+
+    def replaced(self, block: npt.NDArray[np.int64], values: dict[str, int]) -> npt.NDArray[np.int64]:
+        """A copy of a packed block with some values replaced."""
+        result = block.copy()
+        for name, value in values.items():
+            result[self._index[name]] = value
+        return result
+
     def load(self, f: Function, block: Value, name: str) -> Value:
         return f.load(block + 8 * self._index[name])
 

@@ -17,6 +17,7 @@ from ..problem import DTYPES, ConvProblem
 from . import target as targets
 from .bfloat import pair_offsets, run_length
 from .direct_kernel import ARGUMENTS, PHASE_FIELDS, DirectKernel
+from .frozen import Packing
 from .geometry import Axis, axes
 from .plan import CpuPlan
 from .target import Target
@@ -234,6 +235,7 @@ class Direct:
 
 
 DIRECT = Direct()
+_PACKING = Packing(ARGUMENTS, "pack_tasks", "tasks")
 
 
 def build_plan(problem: ConvProblem, target: Target, threads: int, config: DirectConfig, name: str) -> CpuPlan:
@@ -254,7 +256,9 @@ def build_plan(problem: ConvProblem, target: Target, threads: int, config: Direc
         "chunk": config.chunk, "tasks": values["tasks"], "predicted_cycles": config.cycles / threads,
     }  # fmt: skip
     workspace_bytes = values["scratch_at"] + threads * values["scratch_size"]
-    return CpuPlan(problem, name, load(kernel.name, target, kernel.emit), block, [*tile.tables, *phases.tables, phases.records], workspace_bytes, facts)
+    return CpuPlan(
+        problem, name, load(kernel.name, target, kernel.emit), block, [*tile.tables, *phases.tables, phases.records], workspace_bytes, facts, _PACKING
+    )
 
 
 def _kernel(problem: ConvProblem, roles: Roles, numeric: Numeric, config: DirectConfig, columns: Axis) -> DirectKernel:

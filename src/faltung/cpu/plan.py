@@ -13,6 +13,7 @@ from .. import config
 from ..codegen.entry import ENTRY_ARGUMENTS
 from ..codegen.load import Kernel
 from ..problem import DTYPES, ConvProblem
+from .frozen import FrozenPlan, Packing
 from .pages import LARGE_BYTES, ask_for_huge_pages
 from .workspace import workspace
 
@@ -23,6 +24,7 @@ class CpuPlan:
     """Callable by ``launch(source, other, bias, out)`` with addresses; see :class:`faltung.dispatch.Plan` for which operand is which.
 
     ``block`` is the kernel's argument block, ``tables`` whatever memory its entries point to, ``workspace_bytes`` the scratch that a call needs.
+    ``packing``: how weights are packed, where keeping them pays; ``when_frozen`` makes the plan that keeps them, where that is another one.
     """
 
     def __init__(
@@ -34,25 +36,41 @@ class CpuPlan:
         tables: Sequence[npt.NDArray[Any]],
         workspace_bytes: int,
         facts: dict[str, Any],
+        packing: Packing | None = None,
     ) -> None:
         self.problem, self.implementation, self.kernel = problem, implementation, kernel
         self.workspace_bytes = workspace_bytes
         self._facts = facts
-        self._block, self._tables = block, tuple(tables)
-        self._function = kernel.function(ENTRY_ARGUMENTS)
+        self.block, self._tables = block, tuple(tables)
+        self.packing = packing
+        self.when_frozen: Callable[[], CpuPlan] | None = None
+        self.function = kernel.function(ENTRY_ARGUMENTS)
         self._address = block.ctypes.data
-        self._poison = config.current().poison
-        self._out_bytes = _out_bytes(problem)
-        self.launch: Callable[..., None] = self._launch if self._out_bytes < LARGE_BYTES else self._launch_large
+        self.poison = config.current().poison
+        self.out_bytes = _out_bytes(problem)
+        self.launch: Callable[..., None] = self._launch if self.out_bytes < LARGE_BYTES else self._launch_large
 
     def _launch(self, source: int, other: int, bias: int, out: int) -> None:
-        address, keep = workspace(self.workspace_bytes, self._poison)
-        self._function(self._address, source, other, bias, out, address)
+        address, keep = workspace(self.workspace_bytes, self.poison)
+        self.function(self._address, source, other, bias, out, address)
         del keep
 
     def _launch_large(self, source: int, other: int, bias: int, out: int) -> None:
-        ask_for_huge_pages(out, self._out_bytes)
+        ask_for_huge_pages(out, self.out_bytes)
         self._launch(source, other, bias, out)
+
+    def freeze(self, other: int, bias: int) -> FrozenPlan | None:
+        """The plan with the weights at ``other`` (and the bias) packed once and for all; None where there is nothing to keep."""
+        plan = self._to_freeze()
+        return None if plan.packing is None else FrozenPlan(plan, plan.packing, other, bias)
+
+    def describe_frozen(self) -> dict[str, Any]:
+        """:meth:`describe` for the plan that is frozen, and ``frozen_bytes``, the memory that it keeps."""
+        plan = self._to_freeze()
+        return {**plan.describe(), "frozen_bytes": 0 if plan.packing is None else plan.packing.bytes_of(plan.block)}
+
+    def _to_freeze(self) -> CpuPlan:
+        return self if self.when_frozen is None else self.when_frozen()
 
     def describe(self) -> dict[str, Any]:
         return {"kernel": self.kernel.name, "isa": self.kernel.target.isa, "workspace_bytes": self.workspace_bytes, **self._facts}

@@ -15,6 +15,7 @@ from ..dispatch import Unsupported
 from ..problem import ConvProblem
 from . import target as targets
 from .direct import choose_config as direct_config
+from .frozen import Packing
 from .geometry import padded_index
 from .plan import CpuPlan
 from .target import Target
@@ -22,10 +23,10 @@ from .winograd_filter import filter_scratch_bytes
 from .winograd_input import strip_bytes
 from .winograd_kernel import ARGUMENTS, LINE, WinogradKernel
 from .winograd_output import output_scratch_bytes
-from .winograd_tiling import Roles, WinogradConfig, choose_config, direct_cycles
+from .winograd_tiling import Roles, WinogradConfig, choose_config, choose_kept, direct_cycles
 from .winograd_transform import ERROR_LIMIT, F2, F4, Algorithm
 
-__all__ = ["WINOGRAD", "Winograd", "build_plan"]
+__all__ = ["WINOGRAD", "Winograd", "build_plan", "refusal"]
 
 _SLACK = 1024
 _Tables = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.float32]]
@@ -38,10 +39,8 @@ def _error_bound(algorithm: Algorithm, channels: int) -> float:
 
 
 def refusal(problem: ConvProblem, target: Target) -> str | None:
-    """Why Winograd's algorithm does not apply, or None."""
+    """Why Winograd's algorithm does not apply, in any direction, or None."""
     lanes = max(16, target.lanes("float"))
-    if problem.direction == "grad_weight":
-        return "forward and grad_input only"
     if (problem.r, problem.s) != (3, 3) or problem.stride != (1, 1) or problem.dilation != (1, 1):
         return "3x3 kernels with stride 1 and dilation 1 only"
     if problem.g != 1:
@@ -122,7 +121,8 @@ def build_plan(problem: ConvProblem, target: Target, threads: int, config: Winog
         "tile": f"{config.algorithm.m}x{config.algorithm.m}", "order": config.order, "block_tiles": config.tiles, "blocks": layout.blocks,
         "predicted_cycles": config.cycles, "error_bound": _error_bound(config.algorithm, roles.source_channels),
     }  # fmt: skip
-    return CpuPlan(problem, name, load(kernel.name, target, kernel.emit), ARGUMENTS.pack(threads, values), tables, layout.workspace, facts)
+    packing = Packing(ARGUMENTS, "filter_tasks", "tasks") if config.order == "tiles" else None
+    return CpuPlan(problem, name, load(kernel.name, target, kernel.emit), ARGUMENTS.pack(threads, values), tables, layout.workspace, facts, packing)
 
 
 def _tables(roles: Roles, algorithm: Algorithm, layout: _Layout) -> _Tables:
@@ -180,7 +180,7 @@ class Winograd:
     def plan(self, problem: ConvProblem, threads: int) -> CpuPlan:
         """A plan for forward or grad_input; raises :class:`Unsupported` where the algorithm does not apply or direct convolution is predicted faster."""
         target = targets.target()
-        reason = refusal(problem, target)
+        reason = "forward and grad_input only" if problem.direction == "grad_weight" else refusal(problem, target)
         if reason is not None:
             raise Unsupported(reason)
         roles = Roles(problem)
@@ -188,7 +188,10 @@ class Winograd:
         if not allowed:
             raise Unsupported(f"the error bound over {roles.source_channels} channels is above {ERROR_LIMIT:g}")
         allowed = _faster_than_direct(problem, target, threads, allowed)
-        return build_plan(problem, target, threads, choose_config(problem, target, threads, allowed), self.name)
+        config = choose_config(problem, target, threads, allowed)
+        plan = build_plan(problem, target, threads, config, self.name)
+        plan.when_frozen = lambda: build_plan(problem, target, threads, choose_kept(problem, target, threads, config.algorithm), self.name)
+        return plan
 
 
 def _faster_than_direct(problem: ConvProblem, target: Target, threads: int, allowed: tuple[Algorithm, ...]) -> tuple[Algorithm, ...]:

@@ -108,6 +108,12 @@ def _best(problem: ConvProblem, target: Target, threads: int, algorithm: Algorit
     return min(candidates(problem, target, threads, algorithm), key=lambda c: c.cycles)
 
 
+def choose_kept(problem: ConvProblem, target: Target, threads: int, algorithm: Algorithm) -> WinogradConfig:
+    """The configuration predicted to be fastest where U was made before; in order ``filters`` it would not be used."""
+    found = [replace(c, cycles=predict(problem, target, threads, c, kept=True)) for c in candidates(problem, target, threads, algorithm)]
+    return min(found, key=lambda c: c.cycles)
+
+
 def direct_cycles(problem: ConvProblem, cycles: float, threads: int) -> float:
     """Cycles of direct convolution from its own prediction (of all cores), and the way of its packed weights through memory."""
     return cycles / threads + problem.c * problem.k * 9 * 4 / _WEIGHT_BYTES
@@ -154,8 +160,11 @@ def candidates(problem: ConvProblem, target: Target, threads: int, algorithm: Al
             yield replace(base, cycles=predict(problem, target, threads, base))
 
 
-def predict(problem: ConvProblem, target: Target, threads: int, config: WinogradConfig) -> float:
-    """Cycles until the last thread is done: work of a task, times tasks of the busiest thread, and what the stages before cost."""
+def predict(problem: ConvProblem, target: Target, threads: int, config: WinogradConfig, kept: bool = False) -> float:
+    """Cycles until the last thread is done: work of a task, times tasks of the busiest thread, and what the stages before cost.
+
+    ``kept``: U is there already, in memory (order ``tiles``).
+    """
     roles, algorithm = Roles(problem), config.algorithm
     lanes, points = target.lanes("float"), algorithm.n**2
     source, out = -(-roles.source_channels // lanes), -(-roles.out_channels // lanes)
@@ -197,7 +206,7 @@ def predict(problem: ConvProblem, target: Target, threads: int, config: Winograd
         if m > target.l2:
             task += 2 * m * share_panels / _READ_BYTES
         tasks = blocks * shares
-        before = filters / threads + u / (_WRITE_BYTES if u < _SHARED_CACHE else _MEMORY_BYTES) / (threads if u < target.l2 * 2 else 1)
+        before = 0.0 if kept else filters / threads + u / (_WRITE_BYTES if u < _SHARED_CACHE else _MEMORY_BYTES) / (threads if u < target.l2 * 2 else 1)
     else:
         task = (gemm + filters + v * panels / _READ_BYTES) / panels + config.tiles * store / panels + _TASK_CYCLES
         if m > target.l2 * 3 // 4:
