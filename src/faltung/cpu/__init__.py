@@ -10,8 +10,9 @@ from .folded import FOLDED
 from .grouped import GROUPED
 from .pointwise import POINTWISE
 from .winograd import WINOGRAD
+from .winograd_weight import WINOGRAD_WEIGHT
 
 __all__ = ["IMPLEMENTATIONS"]
 
-IMPLEMENTATIONS: tuple[Implementation, ...] = (FOLDED, DEPTHWISE, GROUPED, POINTWISE, WINOGRAD, DIRECT, DIRECT_WEIGHT)
+IMPLEMENTATIONS: tuple[Implementation, ...] = (FOLDED, DEPTHWISE, GROUPED, POINTWISE, WINOGRAD, WINOGRAD_WEIGHT, DIRECT, DIRECT_WEIGHT)
 """In order of preference."""

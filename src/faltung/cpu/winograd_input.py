@@ -1,4 +1,5 @@
-"""The input transform: V[point][tile][channel] = B^T d B for the n x n input pixels d of every tile, neighbouring tiles m pixels apart.
+"""The input transform: V[point][tile][channel] = B^T d B for the n x n input pixels d of every tile, neighbouring tiles m pixels apart; and for the
+weight's gradient A d A^T for the m x m pixels d of every tile of the gradient of y.
 
 Padding of every mode ends here: rows and columns are looked up in tables of source offsets, -1 for zero.
 """
@@ -6,14 +7,15 @@ Padding of every mode ends here: rows and columns are looked up in tables of sou
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from ..codegen.emit import Function, Module, Value, vector_type
 from ..codegen.entry import ArgumentBlock
 from ..codegen.numeric import Numeric
 from .pack import Arguments, zero_run
-from .winograd_transform import Algorithm, emit_input_1d, transform_2d
+from .winograd_transform import Algorithm, Transform1d, emit_input_1d, emit_lift_1d, transform_2d
 
-__all__ = ["INPUT_ARGUMENTS", "STRIP_TILES", "channel_start", "emit_input", "strip_bytes", "tile_rows"]
+__all__ = ["GRADIENT_ARGUMENTS", "INPUT_ARGUMENTS", "LIFT", "LIFT_SUMS", "STRIP_TILES", "channel_start", "emit_input", "strip_bytes", "tile_rows"]
 
 INPUT_ARGUMENTS = (
     "tiles_p", "tiles_q", "source_channels", "source_image", "source_channel", "source_row", "source_column", "source_width", "column_before",
@@ -21,6 +23,10 @@ INPUT_ARGUMENTS = (
 )  # fmt: skip
 """Tiles of one image; channels; byte pitches of the source's images, channels, rows and columns; its columns; padded columns before it; tables of
 row byte offsets and of columns (byte offsets for nhwc, indices for nchw), -1 for zero; the address of zeros, one for each channel."""
+
+_SHARED = ("tiles_p", "tiles_q", "zeros")
+GRADIENT_ARGUMENTS = tuple(f"gradient_{name}" for name in INPUT_ARGUMENTS if name not in _SHARED)
+"""The same of the gradient of y."""
 
 STRIP_TILES = 16  # neighbouring tiles of an image that nchw transposes at once
 
@@ -47,35 +53,78 @@ def channel_start(f: Function, index: Value, channels: Value, lanes: int) -> Val
     return f.minimum(index, channels - lanes)
 
 
-def emit_input(module: Module, arguments: ArgumentBlock, numeric: Numeric, algorithm: Algorithm, source_format: str) -> Function:
-    """``input(block, source, v, scratch, first, last, v_point, v_pitch)``: tiles ``first .. last - 1`` into V, tile ``first`` first."""
-    names = ("first", "last", "v_point", "v_pitch")
-    f = module.function("input", [("ptr", "block"), ("ptr", "source"), ("ptr", "v"), ("ptr", "scratch"), *(("i64", n) for n in names)])
-    a = Arguments(f, arguments, f["block"])
-    (_from_nhwc if source_format == "nhwc" else _from_nchw)(f, a, numeric, algorithm)
+@dataclass(frozen=True)
+class Gather:
+    """What is read of a tile and what becomes of it: ``whole`` n x n pixels, or m x m; ``sums``: their sum is added to a vector of each channel."""
+
+    name: str
+    whole: bool
+    transform: Transform1d
+    prefix: str = ""
+    sums: bool = False
+
+    def extent(self, algorithm: Algorithm) -> int:
+        """Rows and columns of pixels."""
+        return algorithm.n if self.whole else algorithm.m
+
+
+INPUT = Gather("input", True, emit_input_1d)
+LIFT = Gather("lift", False, emit_lift_1d, "gradient_")
+LIFT_SUMS = Gather("lift", False, emit_lift_1d, "gradient_", sums=True)
+
+
+class _Source(Arguments):
+    """The arguments of a gather's source."""
+
+    def __init__(self, f: Function, arguments: ArgumentBlock, block: Value, prefix: str) -> None:
+        super().__init__(f, arguments, block)
+        self._prefix = prefix
+
+    def __getitem__(self, name: str) -> Value:
+        return super().__getitem__(name if name in _SHARED else self._prefix + name)
+
+
+def emit_input(module: Module, arguments: ArgumentBlock, numeric: Numeric, algorithm: Algorithm, source_format: str, gather: Gather = INPUT) -> Function:
+    """``input(block, source, v, scratch, first, last, channels, v_point, v_pitch)``: tiles ``first .. last - 1`` into V, tile ``first`` first.
+
+    ``channels``: at least a vector, from ``source`` on.  With ``gather.sums`` also ``sums``: a vector for each vector of channels that the sums of pixels
+    are added to (where 16 does not divide the channels, the last vector's are those it starts early with).
+    """
+    names = ("first", "last", "channels", "v_point", "v_pitch")
+    pointers = [("ptr", "block"), ("ptr", "source"), ("ptr", "v"), ("ptr", "scratch")]
+    f = module.function(gather.name, [*pointers, *(("i64", n) for n in names), *([("ptr", "sums")] if gather.sums else [])])
+    a = _Source(f, arguments, f["block"], gather.prefix)
+    (_from_nhwc if source_format == "nhwc" else _from_nchw)(f, a, numeric, algorithm, gather)
     f.ret()
     return f
 
 
-def _transform(f: Function, numeric: Numeric, algorithm: Algorithm, pixel: Callable[[int, int], Value], target: Value) -> None:
-    """One vector of channels of one tile; ``pixel(i, j)`` is the address of its pixel."""
-    n = algorithm.n
-    columns = [[f.load(pixel(i, j), numeric.vector) for i in range(n)] for j in range(n)]
-    for i, row in enumerate(transform_2d(f, emit_input_1d, algorithm, columns, numeric.target.fma)):
+def _transform(
+    f: Function, numeric: Numeric, algorithm: Algorithm, gather: Gather, pixel: Callable[[int, int], Value], target: Value, sums: Value | None
+) -> None:
+    """One vector of channels of one tile; ``pixel(i, j)`` is the address of its pixel, ``sums`` where their sum is added."""
+    n, extent = algorithm.n, gather.extent(algorithm)
+    columns = [[f.load(pixel(i, j), numeric.vector) for i in range(extent)] for j in range(extent)]
+    if sums is not None:
+        every = [value for column in columns for value in column]
+        while len(every) > 1:
+            every = [f.fadd(left, right) for left, right in zip(every[::2], every[1::2])]
+        f.store(f.fadd(f.load(sums, numeric.vector), every[0]), sums)
+    for i, row in enumerate(transform_2d(f, gather.transform, algorithm, columns, numeric.target.fma)):
         base = target + f["v_point"] * (i * n)
         for j, value in enumerate(row):
             f.store(value, base + f["v_point"] * j)
 
 
-def _from_nhwc(f: Function, a: Arguments, numeric: Numeric, algorithm: Algorithm) -> None:
+def _from_nhwc(f: Function, a: Arguments, numeric: Numeric, algorithm: Algorithm, gather: Gather) -> None:
     """::
 
     for row of tiles, tile:
         addresses of its n x n pixels             (n vectors of n addresses; that of zeros outside the image)
         for vector of channels: transform
     """
-    n, m, lanes, size = algorithm.n, algorithm.m, numeric.lanes, numeric.compute_bytes
-    channels, row_table, column_table, zeros = a["source_channels"], a.table("row_table"), a.table("column_table"), a["zeros"]
+    n, m, lanes, size = gather.extent(algorithm), algorithm.m, numeric.lanes, numeric.compute_bytes
+    channels, row_table, column_table, zeros = f["channels"], a.table("row_table"), a.table("column_table"), a["zeros"]
     source_image = a["source_image"]
     wide = 8 if n > 4 else 4
     addresses = f.stack(8 * wide * n)
@@ -102,7 +151,7 @@ def _from_nhwc(f: Function, a: Arguments, numeric: Numeric, algorithm: Algorithm
                 def pixel(i: int, j: int) -> Value:
                     return f.load(addresses + (i * wide + j) * 8, "ptr") + offset
 
-                _transform(f, numeric, algorithm, pixel, target + offset)
+                _transform(f, numeric, algorithm, gather, pixel, target + offset, f["sums"] + c * size if gather.sums else None)
 
             f.loop(0, channels, lanes, block)
 
@@ -111,25 +160,26 @@ def _from_nhwc(f: Function, a: Arguments, numeric: Numeric, algorithm: Algorithm
     tile_rows(f, a, f["first"], f["last"], row_of_tiles)
 
 
-def _from_nchw(f: Function, a: Arguments, numeric: Numeric, algorithm: Algorithm) -> None:
+def _from_nchw(f: Function, a: Arguments, numeric: Numeric, algorithm: Algorithm, gather: Gather) -> None:
     """::
 
     for row of tiles, strip of STRIP_TILES of them, vector of channels:
         transpose n rows of the strip's columns into scratch [row][column][lane]
         for tile of the strip: transform
     """
-    n, m, lanes, size = algorithm.n, algorithm.m, numeric.lanes, numeric.compute_bytes
-    channels, row_table = a["source_channels"], a.table("row_table")
+    n, m, lanes, size = gather.extent(algorithm), algorithm.m, numeric.lanes, numeric.compute_bytes
+    channels, row_table = f["channels"], a.table("row_table")
     source_image, source_channel = a["source_image"], a["source_channel"]
     pixel_bytes = lanes * size
     pitch = (m * STRIP_TILES + 2) * pixel_bytes
     pack_row = _emit_pack_row(f.module, numeric)
+    more = n - m
 
     def row_of_tiles(image: Value, tile_row: Value, row_start: Value, start: Value, stop: Value) -> None:
         def strip(first: Value) -> None:
             tiles = f.minimum(stop - first, STRIP_TILES)
             x = (first - row_start) * m
-            count = tiles * m + 2
+            count = tiles * m + more
             low = f.minimum(f.maximum(a["column_before"] - x, 0), count)
             high = f.maximum(f.minimum(a["source_width"] + a["column_before"] - x, count), low)
 
@@ -152,7 +202,8 @@ def _from_nchw(f: Function, a: Arguments, numeric: Numeric, algorithm: Algorithm
                 def tile(index: Value) -> None:
                     origin = f["scratch"] + (index - first) * (m * pixel_bytes)
                     target = f["v"] + (index - f["first"]) * f["v_pitch"] + channel * size
-                    _transform(f, numeric, algorithm, lambda i, j: origin + (i * pitch + j * pixel_bytes), target)
+                    sums = f["sums"] + c * size if gather.sums else None
+                    _transform(f, numeric, algorithm, gather, lambda i, j: origin + (i * pitch + j * pixel_bytes), target, sums)
 
                 f.loop(first, first + tiles, 1, tile)
 
@@ -169,6 +220,8 @@ def _emit_pack_row(module: Module, numeric: Numeric) -> Function:
     Columns ``low .. high - 1`` lie inside the image, at ``x + column``; the others are looked up in ``columns``.
     """
     names = ("x", "low", "high", "count", "channel")
+    if module.has("pack_row"):
+        return module._functions["pack_row"]
     f = module.function("pack_row", [("ptr", "source"), ("ptr", "target"), ("ptr", "columns"), *(("i64", n) for n in names)])
     lanes, size = numeric.lanes, numeric.compute_bytes
     pixel = lanes * size

@@ -147,7 +147,7 @@ class _Builder:
 
     def call_input(self, f: Function, task: Task, v: Value, scratch: Value, first: Value, last: Value) -> None:
         block = f.to_pointer(f.load(f["context"]))
-        f.call(self.input, [block, task.operand("source"), v, scratch, first, last, task["v_point"], task["v_pitch"]])
+        f.call(self.input, [block, task.operand("source"), v, scratch, first, last, task["source_channels"], task["v_point"], task["v_pitch"]])
 
     def scratch(self, task: Task) -> tuple[Value, Value, Value]:
         """A thread's scratch: V or U, M, and strips."""

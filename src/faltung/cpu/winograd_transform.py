@@ -23,7 +23,10 @@ from functools import cached_property, lru_cache
 
 from ..codegen.emit import Function, Value
 
-__all__ = ["ERROR_LIMIT", "F2", "F4", "Algorithm", "emit_filter_1d", "emit_input_1d", "emit_output_1d", "reduction_piece", "transform_2d"]
+__all__ = [
+    "ERROR_LIMIT", "F2", "F4", "Algorithm", "Transform1d", "emit_filter_1d", "emit_input_1d", "emit_lift_1d", "emit_output_1d", "emit_reduce_1d",
+    "reduction_piece", "transform_2d",
+]  # fmt: skip
 
 Transform1d = Callable[[Function, "Algorithm", Sequence[Value], bool], list[Value]]
 Matrix = tuple[tuple[Fraction, ...], ...]
@@ -89,9 +92,7 @@ class Algorithm:
         factor by ``t u^2/3`` for about ``t`` roundings of a transform, weighed with the coefficients' magnitudes; ``A`` passes the errors on
         with its squared column norms.  The true output has the variance ``9 channels``.  Three times the square root of the ratio is the bound.
         """
-        absolute = [sum(abs(x) for x in row) for row in self.input_matrix]
-        squares = [float(sum(x * x for x in row)) for row in self.input_matrix]
-        spread = [float(a * a) / s for a, s in zip(absolute, squares)]
+        squares, spread = _row_norms(self.input_matrix)
         filters = [float(sum(x * x for x in row)) for row in self.filter_matrix]
         columns = [float(sum(row[j] ** 2 for row in self.output_matrix)) / self.m for j in range(self.n)]
         piece = reduction_piece(channels)
@@ -106,9 +107,35 @@ class Algorithm:
                 total += signal * (accumulate + transforms + output)
         return _SAFETY * _UNIT / math.sqrt(3) * math.sqrt(total / (9 * channels))
 
+    def weight_error_bound(self, parts: int, pieces: int, tiles: int) -> float:
+        """The same for the weight's gradient, summed over ``parts`` of ``pieces`` of ``tiles`` tiles each.
+
+        Transposed: the matrices of :meth:`error_bound` with other roles.  With unit-variance operands the entry (i, j) of V has the variance
+        ``b_i b_j``, that of W ``a_i a_j`` (squared row norms of ``A``); ``G^T`` passes errors on with ``g_i g_j``, spread over nine taps.  Sums
+        over a piece, over a part's pieces and over the parts err by a length times half of it plus one.  The true sums have the variance ``m^2``
+        a tile.
+        """
+        squares, spread = _row_norms(self.input_matrix)
+        columns = tuple(tuple(row[j] for row in self.output_matrix) for j in range(self.n))
+        lifted, lift_spread = _row_norms(columns)
+        filters = [float(sum(x * x for x in row)) for row in self.filter_matrix]
+        accumulate = (tiles + 1) / 2 + (pieces + 1) / 2 + (parts + 1) / 2  # of one tile's product, in its units
+        total = 0.0
+        for i in range(self.n):
+            for j in range(self.n):
+                signal = squares[i] * squares[j] * lifted[i] * lifted[j] * filters[i] * filters[j] / 9
+                total += signal * (accumulate + spread[i] + spread[j] + lift_spread[i] + lift_spread[j] + 2 * math.log2(2 * self.n))
+        return _SAFETY * _UNIT / math.sqrt(3) * math.sqrt(total / self.m**2)
+
 
 F4 = Algorithm(4, (Fraction(3, 4), Fraction(3, 2)))
 F2 = Algorithm(2, (Fraction(1),))
+
+
+def _row_norms(matrix: Matrix) -> tuple[list[float], list[float]]:
+    """Squared norms of the rows, and the squared sums of their magnitudes relative to these."""
+    squares = [float(sum(x * x for x in row)) for row in matrix]
+    return squares, [float(sum(abs(x) for x in row) ** 2) / s for row, s in zip(matrix, squares)]
 
 
 def reduction_piece(channels: int) -> int:
@@ -209,6 +236,32 @@ def emit_output_1d(f: Function, algorithm: Algorithm, m: Sequence[Value], fused:
         assert value is not None
         result.append(value)
     return result
+
+
+def emit_lift_1d(f: Function, algorithm: Algorithm, g: Sequence[Value], fused: bool) -> list[Value]:
+    """``A g``: the polynomial of m coefficients at every point; 8 operations for F4, 2 for F2."""
+    result = [g[0]]
+    for p in algorithm.pairs:
+        even, odd = (_horner(f, [(p**i, g[first + i]) for i in range(0, algorithm.m - first, 2)][::-1], fused) for first in (0, 1))
+        result += _scaled_pair(f, even, odd, p, fused)
+    return [*result, g[-1]]
+
+
+def emit_reduce_1d(f: Function, algorithm: Algorithm, s: Sequence[Value], fused: bool) -> list[Value]:
+    """``G^T s``: the three taps from the sums at every point; 13 operations for F4."""
+
+    def weighted(start: Value, terms: Sequence[tuple[Fraction, Value]]) -> Value:
+        for factor, value in terms:
+            start = f.fma(_constant(f, factor, value.type), value, start, fused)
+        return start
+
+    pairs = [(p, algorithm.weight(p), s[2 * i + 1], s[2 * i + 2]) for i, p in enumerate(algorithm.pairs)]
+    sums = [(p, weight, f.fadd(plus, minus)) for p, weight, plus, minus in pairs]
+    odd = [(weight * p, f.fsub(plus, minus)) for p, weight, plus, minus in pairs]
+    zero = f.fmul(s[0], _constant(f, algorithm.weight(Fraction(0)), s[0].type))
+    one = f.fmul(odd[0][1], _constant(f, odd[0][0], s[0].type))
+    return [weighted(zero, [(weight, total) for _, weight, total in sums]), weighted(one, odd[1:]),
+            weighted(s[-1], [(weight * p * p, total) for p, weight, total in sums])]  # fmt: skip
 
 
 def transform_2d(f: Function, emit_1d: Transform1d, algorithm: Algorithm, columns: Sequence[Sequence[Value]], fused: bool) -> list[list[Value]]:

@@ -1,0 +1,163 @@
+"""Winograd's algorithm for the weight's gradient (and the bias's), 3x3 with stride 1 in float32."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from .. import config as options
+from ..codegen.load import load
+from ..codegen.numeric import Numeric
+from ..dispatch import Unsupported
+from ..problem import ConvProblem
+from . import target as targets
+from .geometry import padded_index
+from .plan import CpuPlan
+from .target import Target
+from .winograd import refusal
+from .winograd_input import strip_bytes
+from .winograd_kernel import LINE
+from .winograd_transform import ERROR_LIMIT
+from .winograd_weight_kernel import ARGUMENTS, WinogradWeightKernel
+from .winograd_weight_tiling import WinogradWeightConfig, choose_config, direct_cycles, tile_counts
+
+__all__ = ["WINOGRAD_WEIGHT", "WinogradWeight", "build_plan"]
+
+_SLACK = 1024
+_SIZE = 4  # bytes of an element
+
+
+def _align(value: int) -> int:
+    return -(-value // LINE) * LINE
+
+
+def _odd_lines(value: int) -> int:
+    """An odd number of cache lines: the points of a tile fall into different sets."""
+    return (-(-value // LINE) | 1) * LINE
+
+
+def _page(value: int) -> int:
+    return -(-value // 4096) * 4096
+
+
+class _Layout:
+    """Sizes and places in memory, all in bytes."""
+
+    def __init__(self, problem: ConvProblem, numeric: Numeric, config: WinogradWeightConfig, threads: int) -> None:
+        points, lanes = config.algorithm.n**2, numeric.lanes
+        vector = lanes * _SIZE
+        self.tiles_p, self.tiles_q = tile_counts(problem, config.algorithm)
+        self.tiles = problem.n * self.tiles_p * self.tiles_q
+        self.k_most = -(-(problem.k // lanes) // config.k_blocks) * lanes + problem.k % lanes
+        self.v_pitch = _align(min(problem.c, config.block_panels * config.vectors * lanes) * _SIZE) + LINE
+        self.w_pitch = _align(self.k_most * _SIZE) + LINE
+        self.v_point, self.w_point = _odd_lines(config.block_tiles * self.v_pitch), _odd_lines(config.block_tiles * self.w_pitch)
+        self.s_point = _odd_lines((self.k_most + config.rows) * config.vectors * vector)
+        self.s_panel = points * self.s_point
+        v, w, s = points * self.v_point + _SLACK, points * self.w_point + _SLACK, config.block_panels * self.s_panel + _SLACK
+        self.sum_pitch = _align(problem.k * _SIZE) + vector + LINE
+        self.partial_tap = _align(problem.c * _SIZE) + LINE
+        self.partial_k = 9 * self.partial_tap
+        self.partial_part = problem.k * self.partial_k
+        self.partial_at = _page(config.parts * self.sum_pitch)
+        self.scratch_at = _page(self.partial_at + (config.parts * self.partial_part if config.parts > 1 else 0))
+        self.w_at = _align(v) + 5 * LINE
+        self.s_at = _align(self.w_at + w) + 3 * LINE
+        self.block_sums_at = _align(self.s_at + s)
+        self.strip_at = _align(self.block_sums_at + self.sum_pitch)
+        self.scratch_size = _page(self.strip_at + strip_bytes(config.algorithm, numeric) + _SLACK) + 9 * LINE
+        self.workspace = self.scratch_at + threads * self.scratch_size
+
+
+def build_plan(problem: ConvProblem, target: Target, threads: int, config: WinogradWeightConfig, name: str) -> CpuPlan:
+    """The plan with the given configuration."""
+    numeric = Numeric("f32", target)
+    narrow = -(-problem.c // numeric.lanes) % config.vectors != 0
+    kernel = WinogradWeightKernel(
+        target, config.algorithm.m, problem.format, problem.weight_format, config.rows, config.vectors, narrow, config.parts == 1,
+        problem.epilogue.bias,
+    )  # fmt: skip
+    layout = _Layout(problem, numeric, config, threads)
+    zeros = np.zeros(max(problem.c, problem.k) + 64, np.float32)
+    left, _, top, _ = problem.padding
+    m = config.algorithm.m
+    nhwc = problem.format == "nhwc"
+    image = _tables(problem.h, problem.w, problem.c, (top, left), (layout.tiles_p * m, layout.tiles_q * m), problem.padding_mode, nhwc)
+    gradient = _tables(problem.p, problem.q, problem.k, (0, 0), (layout.tiles_p * m, layout.tiles_q * m), "zeros", nhwc)
+    values = _values(problem, numeric, config, layout, kernel)
+    values |= _source("", problem.c, problem.h, problem.w, left, nhwc, image) | _source("gradient_", problem.k, problem.p, problem.q, 0, nhwc, gradient)
+    values |= {"zeros": zeros.ctypes.data}
+    facts = {
+        "tile": f"{m}x{m}", "parts": config.parts, "block_tiles": config.block_tiles, "blocks": config.k_blocks * config.c_blocks,
+        "predicted_cycles": config.cycles, "error_bound": config.error_bound,
+    }  # fmt: skip
+    tables = (*image, *gradient, zeros)
+    return CpuPlan(problem, name, load(kernel.name, target, kernel.emit), ARGUMENTS.pack(threads, values), tables, layout.workspace, facts)
+
+
+def _tables(
+    height: int, width: int, channels: int, before: tuple[int, int], reach: tuple[int, int], mode: str, nhwc: bool
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Byte offsets of rows; byte offsets (nhwc) or indices (nchw) of columns; -1 for zero.  There are entries to read past the end."""
+    rows = padded_index(np.arange(reach[0] + 8, dtype=np.int64) - before[0], height, mode)
+    columns = padded_index(np.arange(reach[1] + 8, dtype=np.int64) - before[1], width, mode)
+    row_table = np.where(rows >= 0, rows * (width * _SIZE * (channels if nhwc else 1)), -1)
+    return row_table, np.where(columns >= 0, columns * (_SIZE * channels), -1) if nhwc else columns
+
+
+def _source(
+    prefix: str, channels: int, height: int, width: int, before: int, nhwc: bool, tables: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]
+) -> dict[str, int]:
+    """The arguments of x or (with its prefix) of the gradient of y."""
+    column = _SIZE * (channels if nhwc else 1)
+    values = {
+        "source_channels": channels, "source_image": channels * height * width * _SIZE, "source_channel": _SIZE if nhwc else height * width * _SIZE,
+        "source_row": width * column, "source_column": column, "source_width": width, "column_before": before,
+        "row_table": tables[0].ctypes.data, "column_table": tables[1].ctypes.data,
+    }  # fmt: skip
+    return {prefix + name: value for name, value in values.items()}
+
+
+def _values(problem: ConvProblem, numeric: Numeric, config: WinogradWeightConfig, layout: _Layout, kernel: WinogradWeightKernel) -> dict[str, int]:
+    """The argument block's values by name, but for the sources."""
+    lanes = numeric.lanes
+    vectors = -(-problem.c // lanes)
+    panels = -(-vectors // config.vectors)
+    return {
+        "tiles_p": layout.tiles_p, "tiles_q": layout.tiles_q, "tasks": config.c_blocks * config.k_blocks * config.parts,
+        "finish_tasks": (problem.k if config.parts > 1 else 0) + int(problem.epilogue.bias), "tiles": layout.tiles, "parts": config.parts,
+        "part_tiles": config.part_tiles, "block_tiles": config.block_tiles, "c_blocks": config.c_blocks, "block_panels": config.block_panels,
+        "panels": panels, "wide_panels": vectors - panels * (config.vectors - 1) if kernel.narrow else panels, "k_blocks": config.k_blocks,
+        "k_vectors": problem.k // lanes, "sum_pitch": layout.sum_pitch, "v_point": layout.v_point, "v_pitch": layout.v_pitch, "w_point": layout.w_point,
+        "w_pitch": layout.w_pitch, "s_point": layout.s_point, "s_panel": layout.s_panel, "sums_at": 0, "partial_at": layout.partial_at,
+        "partial_part": layout.partial_part, "partial_k": layout.partial_k, "partial_tap": layout.partial_tap,
+        "k_pitch": problem.c * 9 * _SIZE, "tap_pitch": problem.c * _SIZE, "channel_pitch": 9 * _SIZE if problem.weight_format == "nchw" else _SIZE,
+        "scratch_at": layout.scratch_at, "scratch_size": layout.scratch_size, "w_at": layout.w_at, "s_at": layout.s_at,
+        "block_sums_at": layout.block_sums_at, "strip_at": layout.strip_at,
+    }  # fmt: skip
+
+
+class WinogradWeight:
+    """The implementation named ``winograd`` for the direction grad_weight."""
+
+    name = "winograd"
+
+    def plan(self, problem: ConvProblem, threads: int) -> CpuPlan:
+        """A plan for grad_weight; raises :class:`Unsupported` where the algorithm does not apply or direct convolution is predicted faster.
+
+        Nothing that decides bits depends on the number of threads.
+        """
+        target = targets.target()
+        reason = "grad_weight only" if problem.direction != "grad_weight" else refusal(problem, target)
+        if reason is not None:
+            raise Unsupported(reason)
+        best = choose_config(problem, target)
+        if best is None:
+            raise Unsupported(f"the error bound over {problem.n} images is above {ERROR_LIMIT:g}")
+        direct = direct_cycles(problem, target)
+        if options.current().implementation != self.name and best.cycles > direct:
+            raise Unsupported(f"direct convolution is predicted to be faster ({direct:.3g} cycles; {best.algorithm.name} {best.cycles:.3g})")
+        return build_plan(problem, target, threads, best, self.name)
+
+
+WINOGRAD_WEIGHT = WinogradWeight()
