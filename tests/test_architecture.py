@@ -28,10 +28,11 @@ LAYERS: dict[str, set[str]] = {
     "arguments": {"problem"},
     "dispatch": {"config", "problem"},
     "codegen": {"config", "problem"},
-    "cpu": {"codegen", "config", "dispatch", "problem"},
-    "cuda": {"codegen", "config", "dispatch", "layout", "problem"},
+    "choices": {"codegen"},
+    "cpu": {"choices", "codegen", "config", "dispatch", "problem"},
+    "cuda": {"choices", "codegen", "config", "dispatch", "layout", "problem"},
 }
-LAYERS["autotune"] = {"config", "dispatch", "problem"}
+LAYERS["autotune"] = {"config", "cpu", "dispatch", "problem"}
 LAYERS["prepared"] = {"arguments", "autotune", "config", "dispatch", "layout", "problem"}
 LAYERS["ops"] = LAYERS["prepared"] | {"prepared"}
 LAYERS["functional"] = LAYERS["ops"] | {"ops"}
@@ -45,7 +46,7 @@ LAYERS["bench"] = set(LAYERS) - {"__init__"}
 LAYERS["cli"] = set(LAYERS)
 LAYERS["__main__"] = {"cli"}
 
-FOREIGN = {"torch": {"problem", "config", "layout", "reference", "dispatch", "codegen", "cpu"}, "llvmlite": set(LAYERS) - {"codegen", "cpu", "cli", "bench"}}
+FOREIGN = {"torch": {"problem", "config", "layout", "reference", "choices", "dispatch", "codegen", "cpu"}, "llvmlite": set(LAYERS) - {"codegen", "cpu", "cli", "bench"}}
 
 
 def _unit(path: Path) -> str:

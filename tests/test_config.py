@@ -67,7 +67,7 @@ def test_options_as_attributes_of_the_module() -> None:
     assert faltung.config.precision == config.current().precision
     with config.override(precision="strict"):
         assert faltung.config.precision == "strict"
-    with pytest.raises(AttributeError, match="no option 'speed'; there are cache_dir"):
+    with pytest.raises(AttributeError, match="no option 'speed'; there are autotune, cache_dir"):
         _ = faltung.config.speed
     default = config._default
     seen: list[bool] = []

@@ -30,6 +30,7 @@ class Options:
 
     precision: ``strict`` allows direct algorithms only; ``default`` also Winograd in float32, within its stated bound.
     reproducible: the same bits for any number of threads and any batch size.
+    autotune: on a CPU, measure a problem's implementations in its first call and keep the fastest on disk; not where results must be reproducible.
     implementation: the name of the only implementation allowed, or None for the ordered list.
     engine: ``auto`` follows the tensors' device.
     cache_dir: folder of the compiled kernels; None for the platform's cache folder, an empty text for no cache on disk.
@@ -39,6 +40,7 @@ class Options:
 
     precision: str = "default"
     reproducible: bool = False
+    autotune: bool = False
     implementation: str | None = None
     engine: str = "auto"
     cache_dir: str | None = None

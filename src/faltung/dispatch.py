@@ -83,13 +83,19 @@ class Implementation(Protocol):
 
 @dataclass(frozen=True)
 class Decision:
-    """A plan, and what was said on the way: ``refusals`` holds ``(implementation, reason)`` in the order asked."""
+    """A plan, and what was said on the way: ``refusals`` holds ``(implementation, reason)`` in the order asked.
+
+    Where the choice was measured (``config.autotune``): ``seconds`` that the plan took then, and what was ``slower``, as (candidate, verdict).
+    """
 
     plan: Plan
     refusals: tuple[tuple[str, str], ...]
+    seconds: float | None = None
+    slower: tuple[tuple[str, str], ...] = ()
 
 
 _ENGINES = {"cpu": "faltung.cpu", "cuda": "faltung.cuda"}
+_TUNERS = {"cpu": "faltung.cpu.tuner"}
 _CACHE_LIMIT = 4096
 _decisions: dict[tuple[ConvProblem, str, config.Options, int], Decision] = {}
 
@@ -151,6 +157,10 @@ def _decide(problem: ConvProblem, engine: str, options: config.Options, threads:
         if not named:
             raise ValueError(f"faltung has no {engine} implementation named {wanted!r}; there are {', '.join(i.name for i in candidates)}")
         candidates = named
+    if options.autotune and not options.reproducible and engine in _TUNERS:
+        measured: Decision | None = importlib.import_module(_TUNERS[engine]).decide(problem, threads)
+        if measured is not None:
+            return measured
     refusals: list[tuple[str, str]] = []
     for implementation in candidates:
         try:

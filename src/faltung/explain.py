@@ -28,8 +28,8 @@ class ProblemExplanation:
     """One convolution in one direction.
 
     ``implementation``: who computes it, ``facts``: what its plan says of itself (kernel, tile, workspace, ...), ``refusals``: (implementation, reason) of
-    those asked before, ``measured_seconds``: the median of a few runs, where asked for.  ``implementation`` is None where nobody launches a kernel or
-    PyTorch computes it; ``reason`` tells.
+    those asked before, ``measured_seconds``: the median of a few runs, where asked for, ``slower``: (candidate, verdict) where the choice was measured.
+    ``implementation`` is None where nobody launches a kernel or PyTorch computes it; ``reason`` tells.
     """
 
     problem: ConvProblem | None
@@ -40,6 +40,7 @@ class ProblemExplanation:
     reason: str = ""
     measured_seconds: float | None = None
     layer: str = ""
+    slower: tuple[tuple[str, str], ...] = ()
 
     def __str__(self) -> str:
         title = f"{self.layer}: " if self.layer else ""
@@ -52,6 +53,7 @@ class ProblemExplanation:
             rate = self.problem.flops() / self.measured_seconds / 1e9
             lines.append(f"    measured: {_seconds(self.measured_seconds)}, {rate:.3g} GFLOP/s")
         lines += [f"  {name} refused: {reason}" for name, reason in self.refusals]
+        lines += [f"  {name} was slower: {verdict}" for name, verdict in self.slower]
         return "\n".join(lines)
 
 
@@ -128,8 +130,10 @@ def _explain_problem(problem: ConvProblem, device: torch.device, measure: bool, 
     decision = dispatch.decide(problem, engine, threads)
     plan = decision.plan
     facts = plan.describe_frozen() if frozen and isinstance(plan, dispatch.Freezable) else plan.describe()
+    if decision.seconds is not None:
+        facts["tuned_seconds"] = decision.seconds
     measured = _measure(problem, device, threads, frozen) if measure else None
-    return ProblemExplanation(problem, engine, plan.implementation, facts, decision.refusals, measured_seconds=measured)
+    return ProblemExplanation(problem, engine, plan.implementation, facts, decision.refusals, measured_seconds=measured, slower=decision.slower)
 
 
 def _measure(problem: ConvProblem, device: torch.device, threads: int, frozen: bool) -> float:

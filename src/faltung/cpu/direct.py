@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
@@ -24,7 +25,7 @@ from .target import Target
 from .tile import Tile, align, pitches, row_pitch, weight_strides
 from .tiling import Block, choose_block, least_cycles, split_count, tile_candidates, useful_threads
 
-__all__ = ["DIRECT", "Direct", "DirectConfig", "choose_config"]
+__all__ = ["DIRECT", "Direct", "DirectConfig", "choose_config", "offered_configs"]
 
 _CHUNK_BYTES = 24 << 10  # of a panel: with the rows that it meets it stays in the first-level cache
 _PAIR_CHUNK = 192  # bfloat16 pairs take half the time: longer pieces, for fewer trips of the sums through memory
@@ -79,6 +80,10 @@ class DirectConfig:
     cycles: float
     packed: bool = True
 
+    @property
+    def label(self) -> str:
+        return f"{self.orientation} {self.tile[0]}x{self.tile[1]} k{self.k_blocks}"
+
 
 def _counts(axis: Axis) -> tuple[int, ...]:
     """Outputs in a tile: of every phase, in a whole and in the last tile."""
@@ -99,6 +104,17 @@ def choose_config(problem: ConvProblem, target: Target, threads: int, orientatio
         best = _Search(problem, target, threads, wanted, lines).best(best)
     assert best is not None
     return best
+
+
+def offered_configs(problem: ConvProblem, target: Target, threads: int) -> list[DirectConfig]:
+    """What a tuner may try: for each orientation the three tiles predicted to be fastest.  All have the same bits."""
+    lines = _Lines(problem)
+    found: list[DirectConfig] = []
+    for orientation in ("channels", "pixels"):
+        search = _Search(problem, target, threads, orientation, lines)
+        every = [search.configure(rows, columns, math.inf) for rows, columns in search.tiles()]
+        found += sorted((c for c in every if c is not None), key=lambda config: config.cycles)[:3]
+    return found
 
 
 class _Line:
@@ -159,18 +175,23 @@ class _Search:
 
     def best(self, best: DirectConfig | None) -> DirectConfig:
         """The first of the fastest configurations, or ``best`` where none is faster."""
+        for rows, columns in self.tiles():
+            config = self.configure(rows, columns, best.cycles if best else math.inf)
+            if config is not None and (best is None or config.cycles < best.cycles):
+                best = config
+        assert best is not None
+        return best
+
+    def tiles(self) -> Iterator[tuple[_Line, _Line]]:
+        """The tiles worth a prediction."""
         wide = list(islice((q for q in tile_candidates(self.column_count) if self.fits(1, q)), _CANDIDATES)) or [1]
         for tile_q in wide:
             high = list(islice((p for p in tile_candidates(self.row_count) if self.fits(p, tile_q)), _CANDIDATES)) or [1]
             for tile_p in high:
-                config = self.configure(self.lines.rows(tile_p), self.lines.columns(tile_q, self.layout == "inner"), best.cycles if best else math.inf)
-                if config is not None and (best is None or config.cycles < best.cycles):
-                    best = config
+                yield self.lines.rows(tile_p), self.lines.columns(tile_q, self.layout == "inner")
                 # Smaller tiles would only add packing once there are tasks enough to share out evenly.
                 if self.problem.n * self.problem.g * self.lines.rows(tile_p).tiles * self.lines.columns(tile_q).tiles >= 16 * self.threads:
                     break
-        assert best is not None
-        return best
 
     def configure(self, rows: _Line, columns: _Line, limit: float) -> DirectConfig | None:
         """The best block for a tile, and the cost of the whole problem with it; None where that is known to be above ``limit`` before."""
@@ -221,16 +242,21 @@ class Direct:
 
     name = "direct"
 
-    def plan(self, problem: ConvProblem, threads: int) -> CpuPlan:
+    def configs(self, problem: ConvProblem, threads: int) -> list[DirectConfig]:
+        """What the tuner may choose from, beside the predicted choice."""
+        return offered_configs(problem, targets.target(), threads)
+
+    def plan(self, problem: ConvProblem, threads: int, config: DirectConfig | None = None) -> CpuPlan:
         """A plan for forward or grad_input; raises :class:`Unsupported` for what it does not take."""
         if problem.direction == "grad_weight":
             raise Unsupported("grad_weight is direct_weight's")
         if problem.direction == "grad_input" and problem.padding_mode != "zeros":
             raise Unsupported("grad_input in this padding mode is padded_grad_input's")
         target = targets.target()
-        config = choose_config(problem, target, threads)
-        if (useful := useful_threads(threads, config.cycles)) < threads:
-            threads, config = useful, choose_config(problem, target, useful)
+        if config is None:
+            config = choose_config(problem, target, threads)
+            if (useful := useful_threads(threads, config.cycles)) < threads:
+                threads, config = useful, choose_config(problem, target, useful)
         return build_plan(problem, target, threads, config, self.name)
 
 

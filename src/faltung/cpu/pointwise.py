@@ -11,10 +11,11 @@ from ..codegen.numeric import Numeric
 from ..dispatch import Unsupported
 from ..problem import ConvProblem
 from . import target as targets
-from .direct import build_plan, choose_config
+from .direct import DirectConfig, build_plan, choose_config, offered_configs
 from .direct_weight import build_plan as build_weight_plan
 from .direct_weight import choose_config as choose_weight_config
 from .plan import CpuPlan
+from .tile import meets_itself
 from .tiling import useful_threads
 
 __all__ = ["POINTWISE", "Pointwise", "joined"]
@@ -45,7 +46,11 @@ class Pointwise:
 
     name = "pointwise"
 
-    def plan(self, problem: ConvProblem, threads: int) -> CpuPlan:
+    def configs(self, problem: ConvProblem, threads: int) -> list[DirectConfig]:
+        """What the tuner may choose from, beside the predicted choice."""
+        return [] if problem.direction == "grad_weight" else offered_configs(joined(problem), targets.target(), threads)
+
+    def plan(self, problem: ConvProblem, threads: int, config: DirectConfig | None = None) -> CpuPlan:
         """A plan; raises :class:`Unsupported` for another kernel size, a stride, or padding."""
         if (problem.r, problem.s) != (1, 1):
             raise Unsupported(f"the kernel is {problem.r}x{problem.s}, not 1x1")
@@ -56,12 +61,14 @@ class Pointwise:
         if problem.direction == "grad_weight":
             found = build_weight_plan(row, target, threads, choose_weight_config(row, target), self.name)
         else:
-            config = choose_config(row, target, threads)
-            if (useful := useful_threads(threads, config.cycles)) < threads:
-                threads, config = useful, choose_config(row, target, useful)
+            if config is None:
+                config = choose_config(row, target, threads)
+                if (useful := useful_threads(threads, config.cycles)) < threads:
+                    threads, config = useful, choose_config(row, target, useful)
             numeric = Numeric(problem.dtype, target)
             channels = problem.cg if problem.direction == "forward" else problem.kg
             in_place = config.layout == "inner" and (channels % 2 == 0 if numeric.pairs else not numeric.converts)
+            in_place = in_place and not meets_itself(problem.g * channels * numeric.memory_bytes)
             found = build_plan(row, target, threads, replace(config, packed=not in_place), self.name)
         found.problem = problem
         return found

@@ -23,7 +23,7 @@ from .winograd_filter import filter_scratch_bytes
 from .winograd_input import strip_bytes
 from .winograd_kernel import ARGUMENTS, LINE, WinogradKernel
 from .winograd_output import output_scratch_bytes
-from .winograd_tiling import Roles, WinogradConfig, choose_config, choose_kept, direct_cycles
+from .winograd_tiling import Roles, WinogradConfig, candidates, choose_config, choose_kept, direct_cycles
 from .winograd_transform import ERROR_LIMIT, F2, F4, Algorithm
 
 __all__ = ["WINOGRAD", "Winograd", "build_plan", "refusal"]
@@ -36,6 +36,11 @@ _REPRODUCIBLE_BATCH = 8  # the batch that the choice of algorithm is made for wh
 @lru_cache(maxsize=1024)
 def _error_bound(algorithm: Algorithm, channels: int) -> float:
     return algorithm.error_bound(channels)
+
+
+def _allowed(problem: ConvProblem) -> tuple[Algorithm, ...]:
+    """The algorithms whose error is within the limit."""
+    return tuple(a for a in (F4, F2) if _error_bound(a, Roles(problem).source_channels) <= ERROR_LIMIT)
 
 
 def refusal(problem: ConvProblem, target: Target) -> str | None:
@@ -177,20 +182,29 @@ class Winograd:
 
     name = "winograd"
 
-    def plan(self, problem: ConvProblem, threads: int) -> CpuPlan:
+    def configs(self, problem: ConvProblem, threads: int) -> list[WinogradConfig]:
+        """What the tuner may choose from, beside the predicted choice: each algorithm in each order."""
+        target = targets.target()
+        found: dict[str, WinogradConfig] = {}
+        for algorithm in _allowed(problem):
+            for config in sorted(candidates(problem, target, threads, algorithm), key=lambda c: c.cycles):
+                found.setdefault(config.label, config)
+        return list(found.values())
+
+    def plan(self, problem: ConvProblem, threads: int, config: WinogradConfig | None = None) -> CpuPlan:
         """A plan for forward or grad_input; raises :class:`Unsupported` where the algorithm does not apply or direct convolution is predicted faster."""
         target = targets.target()
         reason = "forward and grad_input only" if problem.direction == "grad_weight" else refusal(problem, target)
         if reason is not None:
             raise Unsupported(reason)
-        roles = Roles(problem)
-        allowed = tuple(a for a in (F4, F2) if _error_bound(a, roles.source_channels) <= ERROR_LIMIT)
+        allowed = _allowed(problem)
         if not allowed:
-            raise Unsupported(f"the error bound over {roles.source_channels} channels is above {ERROR_LIMIT:g}")
-        allowed = _faster_than_direct(problem, target, threads, allowed)
-        config = choose_config(problem, target, threads, allowed)
+            raise Unsupported(f"the error bound over {Roles(problem).source_channels} channels is above {ERROR_LIMIT:g}")
+        if config is None:
+            config = choose_config(problem, target, threads, _faster_than_direct(problem, target, threads, allowed))
+        algorithm = config.algorithm
         plan = build_plan(problem, target, threads, config, self.name)
-        plan.when_frozen = lambda: build_plan(problem, target, threads, choose_kept(problem, target, threads, config.algorithm), self.name)
+        plan.when_frozen = lambda: build_plan(problem, target, threads, choose_kept(problem, target, threads, algorithm), self.name)
         return plan
 
 

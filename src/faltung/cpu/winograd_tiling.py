@@ -85,6 +85,10 @@ class WinogradConfig:
     input_tiles: int
     cycles: float = math.inf
 
+    @property
+    def label(self) -> str:
+        return f"{self.algorithm.name} {self.order}"
+
 
 def panel_vectors(total: int, largest: int, partial: bool) -> int:
     """Vectors of a panel: at most ``largest``, such that ``total`` splits into panels of as many and one fewer.

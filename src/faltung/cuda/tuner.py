@@ -1,18 +1,12 @@
 """Measured choices: every able implementation and configuration is checked against an oracle, and the fastest right one is remembered.
 
-The store is one JSON file for each device in the folder of compiled kernels (``config.cache_dir``): its name carries the GPU's name and compute
-capability and the versions of PyTorch and Triton, its keys are problem strings and the float32 precision.  A file that is corrupt, foreign or
-unreadable is a store without entries; it is replaced by rename.  ``tuned`` stands in front of the implementations and refuses what was never measured.
+The store (:mod:`faltung.choices`) is one file for each device: its name carries the GPU's name and compute capability and the versions of PyTorch and
+Triton, its keys are problem strings and the float32 precision.  ``tuned`` stands in front of the implementations and refuses what was never measured.
 """
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import json
-import os
 import statistics
-import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,7 +16,7 @@ import torch
 import triton
 from torch import Tensor
 
-from .. import config, layout
+from .. import choices, config, layout
 from ..dispatch import Implementation, Unsupported
 from ..problem import ConvProblem
 from . import tiling
@@ -55,71 +49,37 @@ class Measured:
     failure: str = ""
 
 
-_loaded: dict[Path, dict[str, Choice]] = {}
-
-
 def store_path() -> Path | None:
     """The file of this device's choices, or None where nothing can be kept on disk."""
-    try:
-        from ..codegen.compile import cache_folder
-    except ImportError:  # a machine for CUDA alone may lack what the CPU engine needs
-        return None
-    folder = cache_folder()
     facts = device()
-    versions = f"{facts.name} {facts.capability} torch {torch.__version__} triton {triton.__version__} format {_FORMAT}"
-    return None if folder is None else folder / f"cuda-{hashlib.sha256(versions.encode()).hexdigest()[:16]}.json"
+    return choices.store_path("cuda", f"{facts.name} {facts.capability} torch {torch.__version__} triton {triton.__version__} format {_FORMAT}")
+
+
+_store = choices.ChoiceStore(store_path)
 
 
 def _key(problem: ConvProblem) -> str:
     return f"{problem} {fp32_precision()}" if problem.dtype == "f32" else str(problem)
 
 
-def _parse(text: str) -> dict[str, Choice]:
-    found = {}
-    for key, value in json.loads(text).items():
-        found[key] = Choice(str(value["implementation"]), _CONFIGS[value["kind"]](**value["config"]), float(value["seconds"]))
-    return found
-
-
-def _choices() -> dict[str, Choice]:
-    path = store_path()
-    if path is None:
-        return _loaded.setdefault(Path(), {})
-    if path not in _loaded:
-        _loaded[path] = {}
-        # a damaged store costs its choices, never a call
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-            if not hasattr(os, "getuid") or path.stat().st_uid == os.getuid():
-                _loaded[path] = _parse(path.read_text(encoding="utf-8"))
-    return _loaded[path]
-
-
 def lookup(problem: ConvProblem) -> Choice | None:
     """The remembered choice for exactly this problem on this device."""
-    return _choices().get(_key(problem))
+    value = _store.lookup(_key(problem))
+    try:
+        return None if value is None else Choice(str(value["implementation"]), _CONFIGS[value["kind"]](**value["config"]), float(value["seconds"]))
+    except (KeyError, TypeError, ValueError):  # a damaged store costs its choices, never a call
+        return None
 
 
 def remember(problem: ConvProblem, choice: Choice) -> None:
     """Keep a choice, on disk where that is possible."""
-    choices = _choices()
-    choices[_key(problem)] = choice
-    path = store_path()
-    if path is None:
-        return
-    values = {
-        key: {"implementation": c.implementation, "kind": type(c.config).__name__, "config": asdict(c.config), "seconds": c.seconds}
-        for key, c in sorted(choices.items())
-    }
-    with contextlib.suppress(OSError):
-        handle, name = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(values, file, indent=1)
-        Path(name).replace(path)
+    record = {"implementation": choice.implementation, "kind": type(choice.config).__name__, "config": asdict(choice.config), "seconds": choice.seconds}
+    _store.remember(_key(problem), record)
 
 
 def clear() -> None:
     """Forget what was read from disk."""
-    _loaded.clear()
+    _store.clear()
 
 
 class Tuned:
@@ -129,6 +89,8 @@ class Tuned:
 
     def plan(self, problem: ConvProblem, threads: int = 1) -> CudaPlan:
         """The plan of the remembered choice; raises :class:`Unsupported` where there is none."""
+        if config.current().reproducible:
+            raise Unsupported("what is measured decides bits, and results must be reproducible")
         choice = lookup(problem)
         if choice is None:
             raise Unsupported("was not measured on this device")
