@@ -114,7 +114,7 @@ def run_emulated(plan: Any, inputs: testing.Inputs, folder: Path) -> testing.Res
         (folder / "main.c").write_text(MAIN)
         (folder / "kernel.o").write_bytes(plan.kernel.code)
         subprocess.run([str(COMPILER), "-O1", "-static", "-o", str(program), str(folder / "main.c"), str(folder / "kernel.o")], check=True, capture_output=True)
-    image, links, block = _image(plan._block, plan._tables)
+    image, links, block = _image(plan.block, plan._tables)
     content = struct.pack("<4q", len(image), len(links), plan.workspace_bytes, block) + image + b"".join(struct.pack("<2q", *link) for link in links)
     stated = harness.operands(problem, inputs)
     sizes = [0 if o is None else o.bytes(problem.dtype) for o in stated]

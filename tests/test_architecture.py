@@ -46,7 +46,10 @@ LAYERS["bench"] = set(LAYERS) - {"__init__"}
 LAYERS["cli"] = set(LAYERS)
 LAYERS["__main__"] = {"cli"}
 
-FOREIGN = {"torch": {"problem", "config", "layout", "reference", "choices", "dispatch", "codegen", "cpu"}, "llvmlite": set(LAYERS) - {"codegen", "cpu", "cli", "bench"}}
+FOREIGN = {
+    "torch": {"problem", "config", "layout", "reference", "choices", "dispatch", "codegen", "cpu"},
+    "llvmlite": set(LAYERS) - {"codegen", "cpu", "cli", "bench"},
+}
 
 
 def _unit(path: Path) -> str:

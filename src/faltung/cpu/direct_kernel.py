@@ -214,7 +214,7 @@ class _Channels(_Builder):
         self.last_micros: dict[tuple[int, int], Function] = {}
         for vectors in (kernel.vectors, kernel.vectors - 1)[: 2 if kernel.narrow_vectors else 1]:
             for rows in (kernel.rows, kernel.rows - 1)[: 2 if kernel.narrow_rows else 1]:
-                micro = Micro("channels", rows, vectors, unit_pitch=kernel.layout == "outer", masked=kernel.masked and kernel.in_place)
+                micro = Micro("channels", rows, vectors, unit_pitch=kernel.layout == "outer", masked=kernel.masked and kernel.in_place, ahead=True)
                 self.micros[rows, vectors] = emit_micro(module, numeric, micro)
                 if kernel.in_place and numeric.pairs:
                     self.last_micros[rows, vectors] = emit_micro(module, numeric, replace(micro, rounded=True))
@@ -261,10 +261,15 @@ class _Channels(_Builder):
                 def row(p: Value) -> None:
                     def piece(q: Value, rows: int) -> None:
                         place = c + p * c_row + q * c_column
+                        number = q // kernel.rows
+                        # the next piece of the panel, each line once: where a layer's weights lie in the third-level cache, up to 20 % of its time
+                        ahead = panel + (t0 + length) * (width * size) + f.minimum(number, vectors - 1) * length * 64
+                        if self.pack_tile is None:
+                            ahead = self.tile_ahead(f, task, t, phase, (index - t["first_panel"]) * phase["count"] + t0, number * length, ahead)
                         call_micro(
                             f, micros[rows, vectors], source=t["tile"] + p * tile_row + q * pitch, panel=panel + t0 * (width * size),
                             c=place if to is c else to + p * to_row + q * to_column, init=f.select(first, bias, place), table=table, count=length, pitch=pitch,
-                            c_pitch=to_column, init_pitch=init_pitch, lanes_last=lanes_last,
+                            c_pitch=to_column, init_pitch=init_pitch, lanes_last=lanes_last, ahead=ahead,
                         )  # fmt: skip
 
                     self.pieces(f, phase["columns"], kernel.rows, kernel.narrow_rows, piece)
@@ -282,6 +287,20 @@ class _Channels(_Builder):
             arguments = [c, out, phase["rows"], phase["columns"], valid, f.value(width), c_row, step_row, step_column, task["out_channel"]]
             with f.when(phase["rows"] > 0):
                 f.call(self.store, arguments)
+
+    def tile_ahead(self, f: Function, task: Task, t: dict[str, Value], phase: dict[str, Value], terms: Value, steps: Value, otherwise: Value) -> Value:
+        """What a call of the micro-kernel asks for where the tile is read in place: towards the end of a task the lines of the tile that this thread is
+        likely to compute next, each once; ``otherwise`` before.
+
+        Such a tile is read in pieces too short for the hardware to see a stream: 256 to 64 channels at 56x56 take a quarter less time.
+        ``terms`` of the reduction that came before in this task, in all panels, and ``steps`` of the micro-kernel since then.
+        """
+        pieces = (phase["columns"] + (self.kernel.rows - 1)) // self.kernel.rows
+        lines = phase["columns"] * task["tile_column"] // 64
+        total = (t["last_panel"] - t["first_panel"]) * phase["count"] * pieces
+        position = terms * pieces + steps - f.maximum(total - lines, 0)
+        following = t["tile"] + f.maximum(task["threads"] // task["k_blocks"], 1) * task["tile_q"] * task["tile_column"]
+        return f.select(position >= 0, following + position * 64, otherwise)
 
 
 class _Pixels(_Builder):

@@ -25,7 +25,8 @@ _UNROLL = 2
 @dataclass(frozen=True)
 class Micro:
     """``rows`` x ``vectors`` accumulators; ``orientation`` is ``channels`` or ``pixels``; ``unit_pitch``: rows of the gathered operand
-    are neighbours in memory; ``masked``: only the first ``lanes_last`` lanes of the last vector are loaded and stored in C; ``rounded``: C is bfloat16."""
+    are neighbours in memory; ``masked``: only the first ``lanes_last`` lanes of the last vector are loaded and stored in C; ``rounded``: C is bfloat16;
+    ``ahead``: each step asks the second-level cache for one cache line, the step's of those at ``ahead``."""
 
     orientation: str
     rows: int
@@ -33,10 +34,12 @@ class Micro:
     unit_pitch: bool = False
     masked: bool = False
     rounded: bool = False
+    ahead: bool = False
 
     @property
     def name(self) -> str:
-        return f"micro_{self.orientation}_{self.rows}x{self.vectors}{'u' if self.unit_pitch else ''}{'m' if self.masked else ''}{'b' if self.rounded else ''}"
+        flags = "".join(letter for letter, set_ in zip("umba", (self.unit_pitch, self.masked, self.rounded, self.ahead)) if set_)
+        return f"micro_{self.orientation}_{self.rows}x{self.vectors}{flags}"
 
 
 def largest_rows(vectors: int, registers: int, fma: bool) -> int:
@@ -44,14 +47,16 @@ def largest_rows(vectors: int, registers: int, fma: bool) -> int:
     return min(14, (registers - vectors - (1 if fma else 2)) // vectors)
 
 
+_LINE = 64  # bytes
 _PARAMETERS = [
-    ("ptr", "source"), ("ptr", "panel"), ("ptr", "c"), ("ptr", "init"), ("ptr", "table"),
+    ("ptr", "source"), ("ptr", "panel"), ("ptr", "c"), ("ptr", "init"), ("ptr", "table"), ("ptr", "ahead"),
     ("i64", "count"), ("i64", "pitch"), ("i64", "c_pitch"), ("i64", "init_pitch"), ("i64", "lanes_last"),
 ]  # fmt: skip
 
 
 def call_micro(f: Function, micro: Function, **arguments: Value) -> None:
-    """Call with arguments by name: ``source panel c init table count pitch c_pitch init_pitch lanes_last``."""
+    """Call with arguments by name: ``source panel c init table count pitch c_pitch init_pitch lanes_last``, and ``ahead`` where the kernel uses it."""
+    arguments.setdefault("ahead", arguments["panel"])
     f.call(micro, [arguments[name] for _, name in _PARAMETERS])
 
 
@@ -98,6 +103,8 @@ def emit_micro(module: Module, numeric: Numeric, micro: Micro) -> Function:
 
     def step(index: Value, panel: Value, unroll: int, accumulators: list[Value]) -> list[Value]:
         gathered = f["source"] + f.load_index(f["table"], index)
+        if micro.ahead:
+            f.prefetch(f["ahead"] + index * _LINE, 2)
         result = list(accumulators)
         if gathers_rows:
             vectors = [f.load(panel + (unroll * micro.vectors + v) * vector_bytes, numeric.vector) for v in range(micro.vectors)]

@@ -15,6 +15,7 @@ from .direct import DirectConfig, build_plan, choose_config, offered_configs
 from .direct_weight import build_plan as build_weight_plan
 from .direct_weight import choose_config as choose_weight_config
 from .plan import CpuPlan
+from .tile import meets_itself
 from .tiling import useful_threads
 
 __all__ = ["POINTWISE", "Pointwise", "joined"]
@@ -67,6 +68,7 @@ class Pointwise:
             numeric = Numeric(problem.dtype, target)
             channels = problem.cg if problem.direction == "forward" else problem.kg
             in_place = config.layout == "inner" and (channels % 2 == 0 if numeric.pairs else not numeric.converts)
+            in_place = in_place and not meets_itself(problem.g * channels * numeric.memory_bytes)
             found = build_plan(row, target, threads, replace(config, packed=not in_place), self.name)
         found.problem = problem
         return found
