@@ -28,9 +28,12 @@ from .tiling import Block, choose_block, least_cycles, split_count, tile_candida
 __all__ = ["DIRECT", "Direct", "DirectConfig", "choose_config", "offered_configs"]
 
 _CHUNK_BYTES = 24 << 10  # of a panel: with the rows that it meets it stays in the first-level cache
+_WHOLE = 192  # terms that are one piece: the first layer's 147 in two pieces take 12 % more time, for a second trip of the sums
 _PAIR_CHUNK = 192  # bfloat16 pairs take half the time: longer pieces, for fewer trips of the sums through memory
+_ROW_CYCLES = 1 / 8  # a row is read from the second-level cache, at distances that may share a cache set: 6x4 beats 14x2 by 2 to 15 %
 _PAIR_ROW_CYCLES = 1 / 64  # a row of a pair's tile comes from the second-level cache late: 8x3 and 6x4 beat 14x2 by 1 to 19 % where both fit
 _PAIR_LATENCY = 9.0  # measured: blocks of 12 sums run at three quarters of the speed of blocks of 21
+_PIXELS = 1.06  # rows are channels there, and cost nothing: what the other orientation pays for them keeps the balance
 _PAIR_PIXELS = 1.15  # vectors over pixels lose this much more than float32's to the trip of the sums through scratch
 _SLACK = 4096
 _PLANE_BYTES = 512 << 10
@@ -163,7 +166,8 @@ class _Search:
         self.column_phases, self.phases = len(columns.phases), len(rows.phases) * len(columns.phases)
         self.reduction = sum(len(p.taps) for p in rows.phases) * sum(len(p.taps) for p in columns.phases) * self.source_channels
         self.out_vectors = -(-self.out_channels // self.lanes)
-        self.chunk = _PAIR_CHUNK if self.pairs else _chunk(self.out_vectors, self.lanes * self.size)
+        longest = max((len(p.taps) for p in rows.phases), default=0) * max((len(p.taps) for p in columns.phases), default=0) * self.source_channels
+        self.chunk = _PAIR_CHUNK if self.pairs else _chunk(longest, self.out_vectors, self.lanes * self.size)
         # Every task reads all packed weights: from the second-level cache at no cost, from the third-level one at about 12 bytes a cycle.
         packed_bytes = self.reduction * self.out_channels * self.size
         self.reread = packed_bytes / 12 if packed_bytes > target.l2 // 2 else packed_bytes / 64
@@ -206,7 +210,7 @@ class _Search:
         mean = self.reduction / max(1, self.phases)
         k_blocks = 1
         if self.orientation == "channels":
-            costs = {"row_cycles": _PAIR_ROW_CYCLES, "latency": _PAIR_LATENCY} if self.pairs else {}
+            costs = {"row_cycles": _PAIR_ROW_CYCLES, "latency": _PAIR_LATENCY} if self.pairs else {"row_cycles": _ROW_CYCLES}
             block = choose_block(self.target, columns.counts, self.out_vectors, 192, round_vectors=False, **costs)
             # The block was chosen for the distinct counts of columns; a row of a tile has the mean one.
             per_step = block.cycles * (self.column_count / columns.tiles) / sum(columns.counts) * mean_rows
@@ -215,12 +219,12 @@ class _Search:
         else:
             pixels = (rows.tile - 1) * columns.row_pitch + columns.tile
             whole = -(-pixels // self.lanes)
-            slow = mean_rows / rows.tile * (_PAIR_PIXELS if self.pairs else 1.0)
+            slow = mean_rows / rows.tile * (_PAIR_PIXELS if self.pairs else _PIXELS)
             store = rows.tile * columns.tile * self.phases * self.out_channels / self.lanes * (1.0 if nchw else 3.0) + self.out_channels * rows.tile * 8
             if tasks * (pack + whole * self.least * slow * mean * self.phases + store + self.reread) > limit * 1.001:
                 return None
             block = choose_block(self.target, (self.out_channels,), whole, _PIXELS_CHUNK, round_vectors=True)
-            per_step = block.cycles * mean_rows / rows.tile * (_PAIR_PIXELS if self.pairs else 1.0)
+            per_step = block.cycles * mean_rows / rows.tile * (_PAIR_PIXELS if self.pairs else _PIXELS)
             panels = -(-self.out_channels // block.rows)
             plane = self.column_phases * self.out_channels * (pixels + 4 * self.lanes) * self.size
             k_blocks = min(panels, -(-plane // _PLANE_BYTES))
@@ -231,9 +235,11 @@ class _Search:
         return DirectConfig(self.orientation, self.layout, (rows.tile, columns.tile), block, self.chunk, k_blocks, cycles)
 
 
-def _chunk(out_vectors: int, vector_bytes: int) -> int:
-    """Length of the pieces of the reduction.  Each piece is summed by itself, so it must depend on nothing but the channels and the target: it
-    decides the bits.  One long sum would have up to four times the error of PyTorch's."""
+def _chunk(longest: int, out_vectors: int, vector_bytes: int) -> int:
+    """Length of the pieces of a reduction of ``longest`` terms.  Each piece is summed by itself, so it must depend on nothing but the channels, the kernel
+    and the target: it decides the bits.  One long sum would have up to four times the error of PyTorch's."""
+    if longest <= _WHOLE:
+        return _WHOLE
     return max(32, min(192, _CHUNK_BYTES // (min(4, out_vectors) * vector_bytes) // 16 * 16))
 
 

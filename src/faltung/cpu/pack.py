@@ -19,6 +19,8 @@ from .bfloat import Halves, Joined
 
 __all__ = ["COLUMN_FIELDS", "TILE_ARGUMENTS", "Arguments", "copy_run", "emit_pack_panel", "emit_pack_tile", "zero_run"]
 
+_BYTES_AHEAD = 128  # weights are transposed in pieces of a cache line at distances of kilobytes, too short for the processor to foresee the next
+
 TILE_ARGUMENTS = (
     "source_channel", "source_column", "source_step", "rows", "row_positions", "row_table", "slabs", "slab_table", "column_table",
     "tile_channel", "tile_row", "tile_column", "zeros",
@@ -352,7 +354,11 @@ def emit_pack_panel(module: Module, numeric: Numeric, second: bool = False) -> F
             start = f["weight"] + f.load_index(f["offsets"], t)
 
             def block(j: Value) -> None:
-                rows = [numeric.load(f, start + (j + i) * f["pitch"], lanes) for i in range(lanes)]
+                rows = []
+                for i in range(lanes):
+                    pointer = start + (j + i) * f["pitch"]
+                    f.prefetch(pointer + _BYTES_AHEAD)
+                    rows.append(numeric.load(f, pointer, lanes))
                 for i, vector in enumerate(f.transpose(rows)):
                     f.store(vector, place(t + i, j))
 
