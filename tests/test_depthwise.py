@@ -17,7 +17,8 @@ from faltung.codegen.compile import compile_object
 from faltung.codegen.numeric import Numeric
 from faltung.cpu.depthwise import DEPTHWISE, Spec, emit_gather
 from faltung.cpu.depthwise_geometry import lines
-from faltung.cpu.depthwise_products import Shape
+from faltung.cpu.depthwise_products import Edges, Shape
+from faltung.cpu.depthwise_taps import Reach, block_pixels
 from faltung.cpu.depthwise_tile import Lanes
 from faltung.cpu.depthwise_weight import Spec as WeightSpec
 from faltung.cpu.depthwise_weight import emit_weight
@@ -238,6 +239,31 @@ def test_touches_only_its_operands(isa: str, at_end: bool) -> None:
                 assert torch.equal(got.double(), want.to(got.dtype).double()), str(problem)
 
 
+@pytest.mark.parametrize("width", [3, 5, 9, 14, 15, 19, 23])
+def test_rows_read_from_memory(width: int) -> None:
+    """Blocks at both ends of a row leave out what lies outside: rows of one block, with a short last block, with phases of unlike lengths."""
+    for sizes in ("r3s3 p1", "r3s3 st2 p1", "r3s5 st1x2 p1,2,1,0", "r7s7 p3"):
+        text = f"n2c40h6w{width}k40{sizes} g40 bias"
+        for problem in variants((text,), ("f32",), ("zeros",)) + variants((text,), ("bf16",), ("zeros",)):
+            if problem.format == "nhwc":
+                check_exact(problem)
+
+
+@pytest.mark.parametrize("count", range(1, 40))
+@pytest.mark.parametrize("columns", [2, 3, 5, 7])
+@pytest.mark.parametrize("step", [1, 2])
+def test_blocks_reach_one_end_each(step: int, columns: int, count: int) -> None:
+    target, reach = TARGETS["avx512"], Reach(columns, columns // 2, columns // 2, True)
+    left, right = reach.pixels(step)
+    block = block_pixels(target, count, columns, lambda size: reach.fits(target, count, size, step))
+    if block in (0, count):
+        return
+    assert left <= block <= count - right, "the first block"
+    assert right <= block <= count - left, "the last one"
+    if count > 2 * block:
+        assert left <= count - block - right, "the last one of the middle, which is moved back"
+
+
 def test_bits_do_not_depend_on_threads() -> None:
     for problem in variants(("n3c40h30w30k40r5s5 p2 g40 bias", "n2c32h28w28k32r3s3 st2 p1 g32 bias"), ("f32", "bf16"), ("zeros",)):
         tensors = operands(problem, integer=False)
@@ -250,10 +276,14 @@ def test_bits_do_not_depend_on_threads() -> None:
 @pytest.mark.parametrize("dtype", ["f32", "f64", "bf16", "f16"])
 def test_generates_for_neon(fmt: str, dtype: str) -> None:
     target = TARGETS["neon"]
-    lanes = Lanes(Numeric(dtype, target), fmt, "same", tail=True)
-    assert len(compile_object(emit_gather(Spec(lanes, (1, 3), 6, 1, 1, bias=True, direct=False)), target)) > 1000
     shape = Shape.choose(target, 3, 3, 28, 1, 1)
-    assert len(compile_object(emit_weight(WeightSpec(lanes, lanes, shape, bias=True, direct=False)), target)) > 1000
+    assert shape is not None
+    for whole in (False, True) if fmt == "nhwc" else (False,):
+        lanes = Lanes(Numeric(dtype, target), fmt, "same", tail=not whole)
+        columns = (Reach(1, 0, 1, whole), Reach(3, 1, 1, whole))
+        assert len(compile_object(emit_gather(Spec(lanes, columns, 6, 1, 1, bias=True, direct=whole, ahead=whole)), target)) > 1000
+        edges = Edges.of(28, shape.pixels, 1, 1, 1) if whole else None
+        assert len(compile_object(emit_weight(WeightSpec(lanes, lanes, shape, bias=True, direct=whole, edges=edges)), target)) > 1000
 
 
 def test_refusals() -> None:

@@ -17,14 +17,16 @@ from ..codegen.numeric import Numeric
 from ..dispatch import Unsupported
 from ..problem import DTYPES, ConvProblem
 from . import target as targets
-from .depthwise_geometry import Line, context_rows, lines
-from .depthwise_taps import block_pixels, emit_taps
+from .depthwise_geometry import Line, LinePhase, context_rows, lines
+from .depthwise_taps import Reach, block_pixels, emit_taps
 from .depthwise_tile import Lanes, emit_flush, emit_load, image_strides, inside, odd_lines
 from .depthwise_weight import plan_weight
 from .plan import CpuPlan
 from .target import Target
 
 __all__ = ["DEPTHWISE", "Depthwise"]
+
+_FAR_BYTES = 20 << 20  # of a source that the caches do not keep until it is read
 
 ARGUMENTS = ArgumentBlock((
     # stage 0: weights and bias into vectors
@@ -43,25 +45,29 @@ ARGUMENTS = ArgumentBlock((
 class Spec:
     """What a kernel of ``forward`` or ``grad_input`` is generated from.
 
-    ``columns``: the numbers of column taps that occur, one loop each; ``block``: pixels of a register block; ``step`` and ``spacing``:
+    ``columns``: what column taps occur, one loop each; ``block``: pixels of a register block; ``step`` and ``spacing``:
     distance of pixels and of column taps in scratch entries.  ``direct`` (nhwc): pixels whose taps all lie inside the image's columns are computed from the
-    caller's memory, and only the columns at the edges pass through the scratch.
+    caller's memory, and only the columns at the edges pass through the scratch; no column does where ``columns`` are whole.  ``ahead``: ask for the
+    source rows of the next output row.
     """
 
     lanes: Lanes
-    columns: tuple[int, ...]
+    columns: tuple[Reach, ...]
     block: int
     step: int
     spacing: int
     bias: bool
     direct: bool
+    ahead: bool
 
     @property
     def name(self) -> str:
         numeric = self.lanes.numeric
-        columns = "_".join(map(str, self.columns))
+        columns = "_".join(reach.name for reach in self.columns)
         parts = ("depthwise_gather", numeric.dtype, self.lanes.name, f"s{columns}", f"st{self.step}d{self.spacing}", f"b{self.block}")
-        return "_".join((*parts, *(("direct",) if self.direct else ()), *(("bias",) if self.bias else ()), numeric.target.isa))
+        return "_".join(
+            (*parts, *(("direct",) if self.direct else ()), *(("ahead",) if self.ahead else ()), *(("bias",) if self.bias else ()), numeric.target.isa)
+        )
 
 
 def emit_gather(spec: Spec) -> str:
@@ -74,11 +80,9 @@ def emit_gather(spec: Spec) -> str:
     """
     module = Module()
     lanes = spec.lanes
-    loader = emit_load(module, lanes, "load_tile", zero_rows=False)
+    loader = None if spec.columns[0].whole else emit_load(module, lanes, "load_tile", zero_rows=False)
     flush = emit_flush(module, lanes, "flush_row") if lanes.format == "nchw" else None
-    # Measured: 15 % on 3x3 and 7x7 at stride 1 out of the third-level cache, a loss at stride 2.
-    prefetch = spec.direct and spec.step == 1
-    taps = [emit_taps(module, lanes, s, spec.step, spec.spacing, spec.block, spec.bias, prefetch) for s in spec.columns]
+    taps = [emit_taps(module, lanes, reach, spec.step, spec.spacing, spec.block, spec.bias, spec.ahead) for reach in spec.columns]
 
     def pack(f: Function, task: Task) -> object:
         return lambda index: _pack(f, task, spec, index)
@@ -133,7 +137,7 @@ def _ignore(_: object) -> None:
     """For calls whose result is not wanted, where a statement cannot stand."""
 
 
-def _tile(f: Function, task: Task, spec: Spec, index: Value, loader: Function, flush: Function | None, taps: list[Function]) -> None:
+def _tile(f: Function, task: Task, spec: Spec, index: Value, loader: Function | None, flush: Function | None, taps: list[Function]) -> None:
     lanes = spec.lanes
     numeric = lanes.numeric
     if lanes.format == "nhwc":  # chunks of channels innermost: neighbours in memory
@@ -156,6 +160,9 @@ def _tile(f: Function, task: Task, spec: Spec, index: Value, loader: Function, f
     source = task.operand("source") + image * task["source_image"]
 
     def load_rows(first: Value, count: Value) -> None:
+        if loader is None:
+            return
+
         def columns(j: Value, at: Value, cols: Value) -> None:
             low = f.minimum(f.maximum(inside_first - at, 0), cols)
             high = f.maximum(f.minimum(inside_last - at, cols), low)
@@ -239,9 +246,13 @@ def _row(f: Function, task: Task, spec: Spec, at: _Place, i: Value, flush: Funct
                 if not spec.direct:
                     pixels(f.value(0), n, at.scratch, ring, task["pixel"])
                     return
-                pixels(f.value(0), first, at.scratch, ring, task["pixel"])
                 image = task.operand("source") + at.image * task["source_image"] + (lane0 * numeric.memory_bytes + task["direct_at"])
-                pixels(first, last - first, image, task.table("direct_table") + (at.row0 * task["row_step"] * 8 + row_entry * 8), task["direct_pixel"])
+                rows = task.table("direct_table") + (at.row0 * task["row_step"] * 8 + row_entry * 8)
+                if spec.columns[0].whole:
+                    pixels(f.value(0), n, image, rows, task["direct_pixel"])
+                    return
+                pixels(f.value(0), first, at.scratch, ring, task["pixel"])
+                pixels(first, last - first, image, rows, task["direct_pixel"])
                 pixels(last, n - last, at.scratch, ring, task["pixel"])
 
             for g, function in enumerate(taps):
@@ -288,13 +299,14 @@ def _lanes(problem: ConvProblem, target: Target) -> Lanes:
 
 @dataclass(frozen=True)
 class Tiling:
-    """Outputs of a tile (of each phase), vectors of lanes together, pixels of a register block."""
+    """Outputs of a tile (of each phase), vectors of lanes together, pixels of a register block; see :class:`Spec` for the others."""
 
     rows: int
     cols: int
     vectors: int
     block: int
     direct: bool
+    whole: bool
 
 
 def _edges(cols: Line) -> tuple[int, int]:
@@ -318,7 +330,10 @@ def tiling(problem: ConvProblem, lanes: Lanes, lines_: tuple[Line, Line], target
     ring = context_rows(rows) + rows.step
     tile_cols = cols.count
     inner = sum(last - first for first, last in map(cols.direct, cols.phases))
-    direct = lanes.format == "nhwc" and lanes.kind == "same" and not lanes.numeric.converts and not lanes.tail and inner * 4 >= cols.outputs * 3
+    plain = lanes.format == "nhwc" and lanes.kind == "same" and (target.masks or not lanes.tail)
+
+    whole = _whole_block(target, cols) if plain and cols.mode == "zeros" else 0
+    direct = bool(whole) or (plain and not lanes.tail and not lanes.numeric.converts and inner * 4 >= cols.outputs * 3)
     while not direct and tile_cols > 64 and cols.length(tile_cols) * ring * residues > budget:
         tile_cols = -(-tile_cols // 2)
     vectors = 1
@@ -332,8 +347,24 @@ def tiling(problem: ConvProblem, lanes: Lanes, lines_: tuple[Line, Line], target
         pieces += 1
     columns = max(len(phase.taps) for phase in cols.phases)
     widths = [last - first for first, last in map(cols.direct, cols.phases)] if direct else [phase.count for phase in cols.phases]
-    block = block_pixels(target, min((width for width in widths if width), default=1), columns)
-    return Tiling(-(-rows.count // pieces), tile_cols, vectors, block, direct)
+    block = whole or block_pixels(target, min((width for width in widths if width), default=1), columns)
+    return Tiling(-(-rows.count // pieces), tile_cols, vectors, block, direct, bool(whole))
+
+
+def _reach(cols: Line, phase: LinePhase, block: int) -> Reach:
+    """What a phase's pixels need, read from memory in blocks of ``block``; of a whole row of them where it is 0."""
+    first, last = cols.inside()
+    end = phase.shift + (phase.count - 1) * cols.step + (len(phase.taps) - 1) * cols.spacing + 1
+    return Reach(len(phase.taps), max(0, first - phase.shift), max(0, end - last), True, block == phase.count) if phase.taps else Reach(0, 0, 0, True)
+
+
+def _whole_block(target: Target, cols: Line) -> int:
+    """Pixels of a block with which every column phase is read from memory alone; 0 where there is none."""
+
+    def fits(block: int) -> bool:
+        return all(_reach(cols, phase, block).fits(target, phase.count, block, cols.step) for phase in cols.phases)
+
+    return block_pixels(target, min(phase.count for phase in cols.phases), max(len(phase.taps) for phase in cols.phases), fits)
 
 
 def _plan_gather(name: str, problem: ConvProblem, threads: int) -> CpuPlan:
@@ -342,12 +373,16 @@ def _plan_gather(name: str, problem: ConvProblem, threads: int) -> CpuPlan:
     numeric = lanes.numeric
     rows, cols = lines(problem, reduce_columns=problem.format == "nhwc")
     tile = tiling(problem, lanes, (rows, cols), target, threads)
-    # Column phases in the order of their number of taps: one loop for each number.
-    phases = sorted(cols.phases, key=lambda phase: len(phase.taps))
-    columns = tuple(sorted({len(phase.taps) for phase in phases}))
-    spec = Spec(lanes, columns, tile.block, cols.step, cols.spacing, problem.epilogue.bias and problem.direction == "forward", tile.direct)
-    kernel = load(spec.name, target, lambda: emit_gather(spec))
     forward = problem.direction == "forward"
+    reaches = {phase: _reach(cols, phase, tile.block) if tile.whole else Reach(len(phase.taps)) for phase in cols.phases}
+    # Column phases in the order of what their taps reach: one loop for each kind.
+    phases = sorted(cols.phases, key=lambda phase: reaches[phase])
+    columns = tuple(sorted(set(reaches.values())))
+    source_bytes = problem.n * (problem.c if forward else problem.k) * rows.size * cols.size * DTYPES[problem.dtype]
+    # Measured at stride 1: 15 % on 3x3 and 7x7; at stride 2: 6 % where the source is larger than the caches, and as much lost where it is not.
+    ahead = tile.direct and (cols.step == 1 or source_bytes > _FAR_BYTES)
+    spec = Spec(lanes, columns, tile.block, cols.step, cols.spacing, problem.epilogue.bias and forward, tile.direct, ahead)
+    kernel = load(spec.name, target, lambda: emit_gather(spec))
     strides = image_strides("source", problem.format, problem.c if forward else problem.k, rows.size, cols.size, DTYPES[problem.dtype])
     row_bytes = strides["source_row"]
     tap_list: list[int] = []
@@ -356,7 +391,7 @@ def _plan_gather(name: str, problem: ConvProblem, threads: int) -> CpuPlan:
         for col in phases:
             weight_starts.append(len(tap_list))
             tap_list += [r * problem.s + s for r in row.taps for s in col.taps]
-    groups = [sum(len(p.taps) < c for p in phases) for c in columns] + [len(phases)]
+    groups = [sum(reaches[p] < reach for p in phases) for reach in columns] + [len(phases)]
     first, last = inside(cols, problem.format)
     tables = {
         "tap_table": np.array(tap_list, np.int64),

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ..codegen.emit import Function, Module, Value
 from .depthwise_tile import Lanes
 from .target import Target
 
-__all__ = ["Shape", "emit_bias_sum", "emit_products"]
+__all__ = ["Edges", "Shape", "emit_bias_sum", "emit_products"]
 
 
 def _even(total: int, most: int) -> list[int]:
@@ -16,6 +17,31 @@ def _even(total: int, most: int) -> list[int]:
     parts = -(-total // most)
     small, larger = divmod(total, parts)
     return [small + 1] * larger + [small] * (parts - larger)
+
+
+@dataclass(frozen=True)
+class Edges:
+    """A row of pixels that is read from memory alone: entries ``left`` and ``right`` of it that are zeros, so that multiplications with them are left out.
+
+    ``rest``: pixels of the last block, which may be shorter than the others; ``single``: there is no other block.
+    """
+
+    left: int
+    right: int
+    rest: int
+    single: bool
+
+    @property
+    def name(self) -> str:
+        return f"l{self.left}r{self.right}e{self.rest}{'s' if self.single else ''}"
+
+    @classmethod
+    def of(cls, count: int, width: int, step: int, left: int, right: int) -> Edges | None:
+        """For ``count`` pixels in blocks of ``width``; None where the first and the last block do not hold all pixels that reach zeros."""
+        rest = (count - 1) % width + 1
+        if count <= width:
+            return cls(left, right, rest, True)
+        return cls(left, right, rest, False) if -(-left // step) <= width and -(-right // step) <= rest else None
 
 
 @dataclass(frozen=True)
@@ -34,8 +60,8 @@ class Shape:
     spacing: int
 
     @classmethod
-    def choose(cls, target: Target, r: int, s: int, pixels: int, step: int, spacing: int) -> Shape:
-        """Blocks for an ``r x s`` kernel and rows of ``pixels``: accumulators take two thirds of the registers."""
+    def choose(cls, target: Target, r: int, s: int, pixels: int, step: int, spacing: int, fits: Callable[[int], bool] = lambda _: True) -> Shape | None:
+        """Blocks for an ``r x s`` kernel and rows of ``pixels``: accumulators take two thirds of the registers.  None where no block of pixels fits."""
         most = 21 if target.registers >= 32 else 8
         col_most = min(s, 16 if target.registers >= 32 else 7)
         columns = _even(s, col_most)
@@ -47,7 +73,10 @@ class Shape:
         def cost(count: int) -> tuple[float, int]:
             return -(-pixels // count) * (count * rows[0] * columns[0] + 0.5 * (count + columns[0]) + 6), -count
 
-        best = min(range(1, free + 1), key=cost)
+        found = [count for count in range(1, free + 1) if fits(count)]
+        if not found:
+            return None
+        best = min(found, key=cost)
         return cls(tuple(dict.fromkeys(rows)), tuple(dict.fromkeys(columns)), row_most, col_most, best, step, spacing)
 
     def row_blocks(self, r: int) -> list[int]:
@@ -64,17 +93,18 @@ class Shape:
 
 PARAMETERS = (
     ("ptr", "source"), ("ptr", "ring"), ("ptr", "gradient"), ("ptr", "sums"), ("i64", "rows"), ("i64", "cols"), ("i64", "ring_row"), ("i64", "ring_tap"),
-    ("i64", "gradient_pitch"), ("i64", "sums_row"), ("i64", "pixel"), ("i64", "gradient_pixel"),
+    ("i64", "gradient_pitch"), ("i64", "sums_row"), ("i64", "pixel"), ("i64", "gradient_pixel"), ("i64", "lanes_left"),
 )  # fmt: skip
 
 
-def emit_products(module: Module, lanes: Lanes, shape: Shape, rows: int, columns: int, direct: bool) -> Function:
+def emit_products(module: Module, lanes: Lanes, shape: Shape, rows: int, columns: int, direct: bool, edges: Edges | None) -> Function:
     """Emit ``sums[r][s] += sum over pixels p, q of source[p, r][q * step + s * spacing] * gradient[p][q]``.
 
-    Source row ``p, r`` lies where the entry of ``ring`` at ``p * ring_row + r * ring_tap`` bytes says.  ``direct``: the gradient is in the caller's memory.
+    Source row ``p, r`` lies where the entry of ``ring`` at ``p * ring_row + r * ring_tap`` bytes says.  ``direct``: the gradient is in the caller's memory;
+    ``edges``: the source is as well, both in the type of memory.
 
-    Loop nest: output rows, blocks of ``shape.pixels`` pixels (``cols`` is a multiple); the block of ``rows x columns`` taps stays in registers, in
-    several copies where it is too small to hide the latency of an addition.
+    Loop nest: output rows, blocks of ``shape.pixels`` pixels (``cols`` is a multiple, but for ``edges``); the block of ``rows x columns`` taps stays in
+    registers, in several copies where it is too small to hide the latency of an addition.
     """
     f = module.function(f"products_{rows}x{columns}", PARAMETERS)
     numeric, entry, pixel = lanes.numeric, lanes.entry_bytes, lanes.pixel(f)
@@ -82,34 +112,48 @@ def emit_products(module: Module, lanes: Lanes, shape: Shape, rows: int, columns
     copies = min(shape.pixels, -(-8 // taps)) if numeric.target.registers >= 32 else min(shape.pixels, -(-6 // taps))
     zero = f.zero(numeric.vector)
     width = shape.pixels
+    mask = f.lane_mask(f["lanes_left"], numeric.lanes) if edges and lanes.tail else None
+
+    def read(pointer: Value) -> Value:
+        return numeric.load(f, pointer, numeric.lanes, mask) if edges else f.load(pointer, numeric.vector)
 
     gradient_pixel = f["gradient_pixel"] if direct else pixel
 
-    def block(_: Value, g: Value, *carried: Value) -> list[Value]:
+    def block(g: Value, carried: Sequence[Value], count: int = width, left: int = 0, right: int = 0) -> list[Value]:
         source, result = list(carried[:rows]), list(carried[rows:])
         gradients = []
-        for _u in range(width):
-            gradients.append(f.load(g, numeric.vector))
+        for _u in range(count):
+            gradients.append(read(g))
             g = g + gradient_pixel
         uses: dict[int, list[tuple[int, int]]] = {}
-        for u in range(width):
+        for u in range(count):
             for s in range(columns):
                 uses.setdefault(u * shape.step + s * shape.spacing, []).append((u, s))
+        last = (count - 1) * shape.step + (columns - 1) * shape.spacing - right
         for r in range(rows):
             at_pixel, before = source[r], 0
             for position in sorted(uses):
+                if not left <= position <= last:
+                    continue
                 at_pixel = at_pixel + (position - before) * pixel
                 before = position
-                value = f.load(at_pixel, numeric.vector)
+                value = read(at_pixel)
                 for u, s in uses[position]:
                     at = u % copies * taps + r * columns + s
                     result[at] = f.fma(value, gradients[u], result[at], numeric.target.fma)
-        return [g, *[x + width * shape.step * pixel for x in source], *result]
+        return [g, *[x + count * shape.step * pixel for x in source], *result]
 
     def row(_: Value, ring: Value, g: Value, *sums: Value) -> list[Value]:
-        source = [f["source"] + f.load(ring + f["ring_tap"] * r) for r in range(rows)]
-        after = f.loop(0, f["cols"], width, block, [g, *source, *sums])[1 + rows :]
-        return [ring + f["ring_row"], g + f["gradient_pitch"], *after]
+        carried = [g, *[f["source"] + f.load(ring + f["ring_tap"] * r) for r in range(rows)], *sums]
+        if edges is None:
+            carried = f.loop(0, f["cols"], width, lambda _, g, *rest: block(g, rest), carried)
+        elif edges.single:
+            carried = block(carried[0], carried[1:], edges.rest, edges.left, edges.right)
+        else:
+            carried = block(carried[0], carried[1:], width, edges.left)
+            carried = f.loop(width, f["cols"] - edges.rest, width, lambda _, g, *rest: block(g, rest), carried)
+            carried = block(carried[0], carried[1:], edges.rest, 0, edges.right)
+        return [ring + f["ring_row"], g + f["gradient_pitch"], *carried[1 + rows :]]
 
     sums = f.loop(0, f["rows"], 1, row, [f["ring"], f["gradient"], *[zero] * (taps * copies)])[2:]
     for r in range(rows):
@@ -123,21 +167,26 @@ def emit_products(module: Module, lanes: Lanes, shape: Shape, rows: int, columns
     return f
 
 
-def emit_bias_sum(module: Module, lanes: Lanes, shape: Shape, direct: bool) -> Function:
+def emit_bias_sum(module: Module, lanes: Lanes, shape: Shape, direct: bool, edges: Edges | None) -> Function:
     """Emit ``sum += sum over pixels of gradient``, in as many accumulators as a block has pixels."""
-    f = module.function("bias_sum", (("ptr", "gradient"), ("ptr", "sum"), ("i64", "rows"), ("i64", "cols"), ("i64", "gradient_pitch"), ("i64", "pixel")))
+    names = ("rows", "cols", "gradient_pitch", "pixel", "lanes_left")
+    f = module.function("bias_sum", (("ptr", "gradient"), ("ptr", "sum"), *(("i64", name) for name in names)))
     numeric = lanes.numeric
     pixel = f["pixel"] if direct else lanes.pixel(f)
+    mask = f.lane_mask(f["lanes_left"], numeric.lanes) if edges and lanes.tail else None
 
-    def block(_: Value, g: Value, *sums: Value) -> list[Value]:
-        result = []
-        for value in sums:
-            result.append(f.fadd(value, f.load(g, numeric.vector)))
+    def block(g: Value, sums: Sequence[Value], count: int) -> list[Value]:
+        result = list(sums)
+        for i in range(count):
+            result[i] = f.fadd(result[i], numeric.load(f, g, numeric.lanes, mask) if edges else f.load(g, numeric.vector))
             g = g + pixel
         return [g, *result]
 
     def row(i: Value, *sums: Value) -> list[Value]:
-        return f.loop(0, f["cols"], shape.pixels, block, [f["gradient"] + i * f["gradient_pitch"], *sums])[1:]
+        rest = edges.rest if edges else 0
+        carried = [f["gradient"] + i * f["gradient_pitch"], *sums]
+        carried = f.loop(0, f["cols"] - rest, shape.pixels, lambda _, g, *sums: block(g, sums, shape.pixels), carried)
+        return (block(carried[0], carried[1:], rest) if rest else carried)[1:]
 
     sums = f.loop(0, f["rows"], 1, row, [f.zero(numeric.vector)] * shape.pixels)
     value = sums[0]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from ..codegen.emit import Function, Module, Value
 from .depthwise_tile import Lanes
 from .target import Target
 
-__all__ = ["block_pixels", "emit_taps"]
+__all__ = ["Reach", "block_pixels", "emit_taps"]
 
 PARAMETERS = (
     ("ptr", "source"), ("ptr", "ring"), ("ptr", "weights"), ("ptr", "out"), ("ptr", "bias"), ("i64", "n"), ("i64", "low"), ("i64", "high"),
@@ -22,8 +23,39 @@ def together(target: Target, columns: int) -> int:
     return min(columns, 8 if target.registers >= 32 else 4)
 
 
-def block_pixels(target: Target, pixels: int, columns: int) -> int:
-    """Pixels of a register block: the least work for a row of ``pixels``, where the last block overlaps the one before it.
+@dataclass(frozen=True, order=True)
+class Reach:
+    """The column taps of an output row's pixels: how many, and how many entries ``left`` and ``right`` of the row they reach that are zeros.
+
+    ``whole``: entries are the caller's memory, where those zeros do not exist: multiplications with them are left out.  ``single``: the row is one block.
+    """
+
+    columns: int
+    left: int = 0
+    right: int = 0
+    whole: bool = False
+    single: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.columns}l{self.left}r{self.right}{'s' if self.single else ''}" if self.whole else str(self.columns)
+
+    def pixels(self, step: int) -> tuple[int, int]:
+        """Pixels at the left and at the right end that reach zeros."""
+        return -(-self.left // step), -(-self.right // step)
+
+    def fits(self, target: Target, count: int, block: int, step: int) -> bool:
+        """Whether ``count`` pixels can be blocks of which one alone reaches the left zeros, and one the right ones."""
+        left, right = self.pixels(step)
+        if self.columns >= 2 * together(target, self.columns):
+            return False
+        if block >= count or block < left + right:
+            return block == count
+        return count - block >= max(left, right) and (count <= 2 * block or count - block >= left + right)
+
+
+def block_pixels(target: Target, pixels: int, columns: int, fits: Callable[[int], bool] = lambda _: True) -> int:
+    """Pixels of a register block: the least work for a row of ``pixels``, where the last block overlaps the one before it; 0 where none fits.
 
     A block needs a register for each pixel, one for each weight and one or two for a pixel's input.
     """
@@ -34,52 +66,60 @@ def block_pixels(target: Target, pixels: int, columns: int) -> int:
     def cost(block: int) -> tuple[float, int]:
         return -(-pixels // block) * (block * taps * 1.0 + 0.4 * (block + 2 * taps) + 8), -block
 
-    return min(range(1, most + 1), key=cost)
+    return min((block for block in range(1, most + 1) if fits(block)), key=cost, default=0)
 
 
-def emit_taps(module: Module, lanes: Lanes, columns: int, step: int, spacing: int, block: int, bias: bool, prefetch: bool) -> Function:
-    """Emit ``taps_s{columns}``: ``out[q] = bias + sum over residues, rows low..high, columns of source[row][q * step + s * spacing] * weight``.
+def emit_taps(module: Module, lanes: Lanes, reach: Reach, step: int, spacing: int, block: int, bias: bool, prefetch: bool) -> Function:
+    """Emit ``taps_s{reach}``: ``out[q] = bias + sum over residues, rows low..high, columns of source[row][q * step + s * spacing] * weight``.
 
     Loop nest: blocks of pixels, vectors of channels, residues, kernel rows, groups of column taps; the block's accumulators stay in registers.
     Shapes: ``source`` vectors ``[row][column][vector]``, row ``r`` at the place that entry ``r`` of ``ring`` (entries ``ring_step`` bytes apart) says;
-    ``weights`` vectors ``[vector][residue][row][column]``; ``out`` ``n`` pixels ``out_step`` bytes apart.  ``prefetch``: ask for the row that the next
-    output row will need.
+    ``weights`` vectors ``[vector][residue][row][column]``; ``out`` ``n`` pixels ``out_step`` bytes apart.  ``prefetch``: ask for the rows that the next
+    output row will need.  Where ``reach`` is whole, ``source`` is memory in its own type.
     """
-    f = module.function(f"taps_s{columns}", PARAMETERS)
-    numeric, entry = lanes.numeric, lanes.entry_bytes
+    f = module.function(f"taps_s{reach.name}", PARAMETERS)
+    numeric, entry, columns = lanes.numeric, lanes.entry_bytes, reach.columns
+    vector_bytes = numeric.lanes * numeric.memory_bytes if reach.whole else entry
     low, high = f["low"], f["high"]
     ring0 = f["ring"] + low * f["ring_step"]
     weights0 = f["weights"] + low * (columns * entry)
 
-    def pixels(q: Value, count: int) -> None:
-        def vector(v: Value, x: Value, w: Value, out: Value) -> list[Value]:
+    def pixels(q: Value, count: int, left: int = 0, right: int = 0) -> None:
+        last = (count - 1) * step + (columns - 1) * spacing - right
+
+        def vector(v: Value, x: Value, w: Value, out: Value, mask: Value | None = None) -> list[Value]:
+            cells = _Cells(f, lanes, step, spacing, left, last, reach.whole, mask)
+
             def residue(_: Value, x: Value, w: Value, *sums: Value) -> list[Value]:
                 def row(_: Value, ring: Value, w: Value, *sums: Value) -> list[Value]:
                     line = x + f.load(ring)
-                    return [ring + f["ring_step"], w + columns * entry, *_row(f, lanes, line, w, sums, columns, step, spacing)]
+                    return [ring + f["ring_step"], w + columns * entry, *cells.row(line, w, sums, columns)]
 
                 after = f.loop(low, high, 1, row, [ring0, w, *sums])[2:]
                 return [x + f["residue_plane"], w + f["residue_weights"], *after]
 
             if prefetch and count > 1:
-                ahead = x + f.load(f["ring"] + high * f["ring_step"])
-                for _ in range(count * step):
-                    f.prefetch(ahead)
-                    ahead = ahead + f["pixel"]
+                _ask_ahead(f, x, step, count * step)
             start = f.load(f["bias"] + v * entry, numeric.vector) if bias else f.zero(numeric.vector)
             sums: Sequence[Value] = [start] * count
             if columns and lanes.kind == "strided":
                 sums = f.loop(0, f["residues"], 1, residue, [x, w, *sums])[2:]
             elif columns:
                 sums = residue(f.value(0), x, w, *sums)[2:]
-            _store(f, lanes, sums, out, f["lanes_left"] - v * numeric.lanes)
-            return [x + entry, w + f["vector_weights"], out + numeric.lanes * numeric.memory_bytes]
+            _store(f, lanes, sums, out, None if reach.whole else f["lanes_left"] - v * numeric.lanes, mask)
+            return [x + vector_bytes, w + f["vector_weights"], out + numeric.lanes * numeric.memory_bytes]
 
         first = [f["source"] + q * step * lanes.pixel(f), weights0, f["out"] + q * f["out_step"]]
-        if lanes.format == "nhwc":
-            f.loop(0, f["vectors"], 1, vector, first)
-        else:
+        if lanes.format == "nchw":
             vector(f.value(0), *first)
+        elif reach.whole and lanes.tail:
+            full = f.minimum(f["vectors"], f["lanes_left"] // numeric.lanes)
+            rest = f.loop(0, full, 1, vector, first)
+            with f.when(full < f["vectors"]):
+                x, w, out = rest
+                vector(full, x, w, out, f.lane_mask(f["lanes_left"] - full * numeric.lanes, numeric.lanes))
+        else:
+            f.loop(0, f["vectors"], 1, vector, first)
 
     def blocks() -> None:
         f.loop(0, f["n"], block, lambda q: pixels(f.minimum(q, f["n"] - block), block))
@@ -87,7 +127,21 @@ def emit_taps(module: Module, lanes: Lanes, columns: int, step: int, spacing: in
     def singles() -> None:
         f.loop(0, f["n"], 1, lambda q: pixels(q, 1))
 
-    if block > 1:
+    def whole_row() -> None:
+        if reach.single:
+            pixels(f.value(0), block, reach.left, reach.right)
+            return
+        if reach.left:
+            pixels(f.value(0), block, reach.left, 0)
+        stop = f["n"] - block if reach.right else f["n"]
+        limit = f["n"] - (block + reach.pixels(step)[1])
+        f.loop(block if reach.left else 0, stop, block, lambda q: pixels(f.minimum(q, limit), block))
+        if reach.right:
+            pixels(stop, block, 0, reach.right)
+
+    if reach.whole:
+        whole_row()
+    elif block > 1:
         f.branch(f["n"] >= block, blocks, singles)
     else:
         singles()
@@ -95,45 +149,73 @@ def emit_taps(module: Module, lanes: Lanes, columns: int, step: int, spacing: in
     return f
 
 
-def _row(f: Function, lanes: Lanes, x: Value, w: Value, sums: Sequence[Value], columns: int, step: int, spacing: int) -> list[Value]:
-    """One kernel row for a block of pixels: groups of column taps in a loop, the remaining taps behind it."""
-    entry, pixel = lanes.entry_bytes, lanes.pixel(f)
-    size = together(lanes.numeric.target, columns)
-    groups, rest = divmod(columns, size)
-    current = list(sums)
-    if groups > 1:
-
-        def group(_: Value, x: Value, w: Value, *sums: Value) -> list[Value]:
-            return [x + size * spacing * pixel, w + size * entry, *_taps(f, lanes, x, w, sums, size, step, spacing)]
-
-        x, w, *current = f.loop(0, groups, 1, group, [x, w, *current])
-    else:
-        current = _taps(f, lanes, x, w, current, size, step, spacing)
-        x, w = x + size * spacing * pixel, w + size * entry
-    return _taps(f, lanes, x, w, current, rest, step, spacing) if rest else current
+def _ask_ahead(f: Function, x: Value, rows: int, entries: int) -> None:
+    """Prefetch ``entries`` of each row that the next output row reads and this one does not."""
+    new = f["ring"] + (f.maximum(f["high"], 1) - 1) * f["ring_step"] + 8
+    for i in range(rows):
+        ahead = x + f.load(new + 8 * i)
+        for _ in range(entries):
+            f.prefetch(ahead)
+            ahead = ahead + f["pixel"]
 
 
-def _taps(f: Function, lanes: Lanes, x: Value, w: Value, sums: Sequence[Value], taps: int, step: int, spacing: int) -> list[Value]:
-    """``taps`` column taps with their weights in registers; every input vector is loaded once and used by all taps that fall on it."""
-    numeric, entry = lanes.numeric, lanes.entry_bytes
-    result = list(sums)
-    weights = [f.load(w + s * entry, numeric.vector) for s in range(taps)]
-    uses: dict[int, list[tuple[int, int]]] = {}
-    for q in range(len(result)):
-        for s in range(taps):
-            uses.setdefault(q * step + s * spacing, []).append((q, s))
-    before = 0
-    for position in sorted(uses):
-        x = x + (position - before) * lanes.pixel(f)
-        before = position
-        value = f.load(x, numeric.vector)
-        for q, s in uses[position]:
-            result[q] = f.fma(value, weights[s], result[q], numeric.target.fma)
-    return result
+@dataclass(frozen=True)
+class _Cells:
+    """A block of pixels over a row of entries, of which those from ``first`` to ``last`` exist; the others are zeros.  ``mask``: lanes that exist."""
+
+    f: Function
+    lanes: Lanes
+    step: int
+    spacing: int
+    first: int
+    last: int
+    memory: bool
+    mask: Value | None
+
+    def row(self, x: Value, w: Value, sums: Sequence[Value], columns: int) -> list[Value]:
+        """One kernel row: groups of column taps in a loop, the remaining taps behind it."""
+        entry, pixel = self.lanes.entry_bytes, self.lanes.pixel(self.f)
+        size = together(self.lanes.numeric.target, columns)
+        groups, rest = divmod(columns, size)
+        current = list(sums)
+        if groups > 1:
+
+            def group(_: Value, x: Value, w: Value, *sums: Value) -> list[Value]:
+                return [x + size * self.spacing * pixel, w + size * entry, *self.taps(x, w, sums, size)]
+
+            x, w, *current = self.f.loop(0, groups, 1, group, [x, w, *current])
+        else:
+            current = self.taps(x, w, current, size)
+            x, w = x + size * self.spacing * pixel, w + size * entry
+        return self.taps(x, w, current, rest, size * self.spacing) if rest else current
+
+    def taps(self, x: Value, w: Value, sums: Sequence[Value], taps: int, start: int = 0) -> list[Value]:
+        """``taps`` column taps with their weights in registers; every input vector is loaded once and used by all taps that fall on it.
+
+        ``x`` is entry ``start`` of the row.
+        """
+        f, numeric, entry = self.f, self.lanes.numeric, self.lanes.entry_bytes
+        result = list(sums)
+        weights = [f.load(w + s * entry, numeric.vector) for s in range(taps)]
+        uses: dict[int, list[tuple[int, int]]] = {}
+        for q in range(len(result)):
+            for s in range(taps):
+                uses.setdefault(q * self.step + s * self.spacing, []).append((q, s))
+        before = 0
+        for position in sorted(uses):
+            if self.memory and not self.first <= position + start <= self.last:
+                continue
+            x = x + (position - before) * self.lanes.pixel(f)
+            before = position
+            value = numeric.load(f, x, numeric.lanes, self.mask) if self.memory else f.load(x, numeric.vector)
+            for q, s in uses[position]:
+                result[q] = f.fma(value, weights[s], result[q], numeric.target.fma)
+        return result
 
 
-def _store(f: Function, lanes: Lanes, sums: Sequence[Value], target: Value, lanes_left: Value) -> None:
-    """To nhwc memory in its type, under a mask for the last vector; to the scratch row of nchw as they are."""
+def _store(f: Function, lanes: Lanes, sums: Sequence[Value], target: Value, lanes_left: Value | None, mask: Value | None) -> None:
+    """To nhwc memory in its type, under a mask for the last vector (where ``lanes_left`` is given, under one of its own); to the scratch row of nchw as
+    they are."""
     numeric = lanes.numeric
 
     def each(write: Callable[[Value, Value], None]) -> None:
@@ -143,14 +225,12 @@ def _store(f: Function, lanes: Lanes, sums: Sequence[Value], target: Value, lane
             if i + 1 < len(sums):
                 at = at + f["out_step"]
 
+    def to_memory(mask: Value | None) -> None:
+        each(lambda value, at: numeric.store(f, value, at, numeric.lanes, mask))
+
     if lanes.format == "nchw":
         each(f.store)
-    elif not lanes.tail:
-        each(lambda value, at: numeric.store(f, value, at, numeric.lanes))
+    elif not lanes.tail or lanes_left is None:
+        to_memory(mask)
     else:
-
-        def partial() -> None:
-            mask = f.lane_mask(lanes_left, numeric.lanes)
-            each(lambda value, at: numeric.store(f, value, at, numeric.lanes, mask))
-
-        f.branch(lanes_left >= numeric.lanes, lambda: each(lambda value, at: numeric.store(f, value, at, numeric.lanes)), partial)
+        f.branch(lanes_left >= numeric.lanes, lambda: to_memory(None), lambda: to_memory(f.lane_mask(lanes_left, numeric.lanes)))
