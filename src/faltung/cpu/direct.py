@@ -30,10 +30,10 @@ __all__ = ["DIRECT", "Direct", "DirectConfig", "choose_config", "offered_configs
 _CHUNK_BYTES = 24 << 10  # of a panel: with the rows that it meets it stays in the first-level cache
 _WHOLE = 192  # terms that are one piece: the first layer's 147 in two pieces take 12 % more time, for a second trip of the sums
 _PAIR_CHUNK = 192  # bfloat16 pairs take half the time: longer pieces, for fewer trips of the sums through memory
-_ROW_CYCLES = 1 / 8  # a row is read from the second-level cache, at distances that may share a cache set: 6x4 beats 14x2 by 2 to 15 %
+_ROW_CYCLES = 1 / 8  # nhwc: pixels come from the second-level cache, at distances that may share a cache set: 6x4 beats 14x2 by 2 to 15 %
 _PAIR_ROW_CYCLES = 1 / 64  # a row of a pair's tile comes from the second-level cache late: 8x3 and 6x4 beat 14x2 by 1 to 19 % where both fit
 _PAIR_LATENCY = 9.0  # measured: blocks of 12 sums run at three quarters of the speed of blocks of 21
-_PIXELS = 1.06  # rows are channels there, and cost nothing: what the other orientation pays for them keeps the balance
+_PIXELS = 1.06  # nhwc: rows are channels there, and cost nothing; the other orientation pays for them, and the balance was right
 _PAIR_PIXELS = 1.15  # vectors over pixels lose this much more than float32's to the trip of the sums through scratch
 _SLACK = 4096
 _PLANE_BYTES = 512 << 10
@@ -171,6 +171,7 @@ class _Search:
         # Every task reads all packed weights: from the second-level cache at no cost, from the third-level one at about 12 bytes a cycle.
         packed_bytes = self.reduction * self.out_channels * self.size
         self.reread = packed_bytes / 12 if packed_bytes > target.l2 // 2 else packed_bytes / 64
+        self.slow = _PAIR_PIXELS if self.pairs else 1.0 if problem.format == "nchw" else _PIXELS
         self.least = 0.0 if orientation == "channels" else least_cycles(target, (self.out_channels,), _PIXELS_CHUNK)
 
     def fits(self, tile_p: int, tile_q: int) -> bool:
@@ -210,7 +211,7 @@ class _Search:
         mean = self.reduction / max(1, self.phases)
         k_blocks = 1
         if self.orientation == "channels":
-            costs = {"row_cycles": _PAIR_ROW_CYCLES, "latency": _PAIR_LATENCY} if self.pairs else {"row_cycles": _ROW_CYCLES}
+            costs = {"row_cycles": _PAIR_ROW_CYCLES, "latency": _PAIR_LATENCY} if self.pairs else {"row_cycles": 0.0 if nchw else _ROW_CYCLES}
             block = choose_block(self.target, columns.counts, self.out_vectors, 192, round_vectors=False, **costs)
             # The block was chosen for the distinct counts of columns; a row of a tile has the mean one.
             per_step = block.cycles * (self.column_count / columns.tiles) / sum(columns.counts) * mean_rows
@@ -219,12 +220,12 @@ class _Search:
         else:
             pixels = (rows.tile - 1) * columns.row_pitch + columns.tile
             whole = -(-pixels // self.lanes)
-            slow = mean_rows / rows.tile * (_PAIR_PIXELS if self.pairs else _PIXELS)
+            slow = mean_rows / rows.tile * self.slow
             store = rows.tile * columns.tile * self.phases * self.out_channels / self.lanes * (1.0 if nchw else 3.0) + self.out_channels * rows.tile * 8
             if tasks * (pack + whole * self.least * slow * mean * self.phases + store + self.reread) > limit * 1.001:
                 return None
             block = choose_block(self.target, (self.out_channels,), whole, _PIXELS_CHUNK, round_vectors=True)
-            per_step = block.cycles * mean_rows / rows.tile * (_PAIR_PIXELS if self.pairs else _PIXELS)
+            per_step = block.cycles * mean_rows / rows.tile * self.slow
             panels = -(-self.out_channels // block.rows)
             plane = self.column_phases * self.out_channels * (pixels + 4 * self.lanes) * self.size
             k_blocks = min(panels, -(-plane // _PLANE_BYTES))
@@ -309,7 +310,14 @@ def _kernel(problem: ConvProblem, roles: Roles, numeric: Numeric, config: Direct
     return DirectKernel(
         numeric.target, problem.dtype, problem.format, config.orientation, config.layout, min(columns.step, 3), block.rows, block.vectors,
         narrow_rows, narrow_vectors, partial and in_place, in_place, 1 if channels else max(1, len(columns.phases)), config.packed,
+        _spread(problem, roles, numeric, config),
     )  # fmt: skip
+
+
+def _spread(problem: ConvProblem, roles: Roles, numeric: Numeric, config: DirectConfig) -> int:
+    """A few channels, odd in number, that packing spreads to whole pairs."""
+    channels = roles.source_channels
+    return channels if numeric.pairs and config.layout == "inner" and problem.g == 1 and channels in (1, 3, 5, 7) else 0
 
 
 class _Layout:

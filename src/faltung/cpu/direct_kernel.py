@@ -55,7 +55,8 @@ class DirectKernel:
     needed too.  ``masked``: the last vector of channels is partial.  ``in_place``: accumulate in the output itself; in pairs of bfloat16 only the last
     piece of the reduction is added there, the others in scratch.
     ``phases``: column phases that the store interleaves (1, 2, or more).  ``packed``: the tile is copied to scratch; where it is not, the
-    micro-kernels read the source itself (1x1 kernels over pixels in a row, whose channels are neighbours in memory).
+    micro-kernels read the source itself (1x1 kernels over pixels in a row, whose channels are neighbours in memory).  ``spread``: see
+    :func:`faltung.cpu.pack.emit_pack_tile`.
     """
 
     target: Target
@@ -72,11 +73,12 @@ class DirectKernel:
     in_place: bool
     phases: int
     packed: bool = True
+    spread: int = 0
 
     @property
     def name(self) -> str:
         flags = "".join(letter for letter, set_ in zip("rvmiu", (self.narrow_rows, self.narrow_vectors, self.masked, self.in_place, not self.packed)) if set_)
-        tail = f"_{flags}" if flags else ""
+        tail = (f"_{flags}" if flags else "") + (f"_c{self.spread}" if self.spread else "")
         block = f"{self.rows}x{self.vectors}_st{self.step}_ph{self.phases}"
         return f"direct_{self.dtype}_{self.format}_{self.orientation}_{self.layout}_{block}{tail}_{self.target.isa}"
 
@@ -100,7 +102,7 @@ class _Builder:
         self.kernel, self.module, self.numeric = kernel, module, numeric
         self.pack_panel = (emit_pack_pairs if numeric.pairs else emit_pack_panel)(module, numeric)
         self.stored = Rounded(numeric.dtype, numeric.target) if numeric.pairs else numeric
-        self.pack_tile = emit_pack_tile(module, ARGUMENTS, numeric, kernel.format, kernel.layout, kernel.step) if kernel.packed else None
+        self.pack_tile = emit_pack_tile(module, ARGUMENTS, numeric, kernel.format, kernel.layout, kernel.step, spread=kernel.spread) if kernel.packed else None
 
     @property
     def widths(self) -> tuple[int, int]:

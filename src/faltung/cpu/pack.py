@@ -75,14 +75,17 @@ def zero_run(f: Function, numeric: Numeric, target: Value, count: Scalar) -> Non
     f.loop(0, count, numeric.lanes, lambda i: f.store(f.zero(numeric.vector), target + i * numeric.compute_bytes))
 
 
-def emit_pack_tile(module: Module, arguments: ArgumentBlock, numeric: Numeric, source_format: str, layout: str, step: int, second: bool = False) -> Function:
+def emit_pack_tile(
+    module: Module, arguments: ArgumentBlock, numeric: Numeric, source_format: str, layout: str, step: int, second: bool = False, spread: int = 0
+) -> Function:
     """``pack_tile(block, source, tile, p0, q0, channels)``: the tile that starts at output row ``p0`` and column ``q0``, of one image.
 
     ``source`` is the first of ``channels`` channels in the image.  ``step`` is the distance of the columns read by neighbouring outputs: 1, 2, or
     3 for any, which is then an argument.
 
     ``second``: pairs are made with a second tile, given by two more parameters: ``second_row``, its first row of outputs (-1: zeros), and ``distance``, how
-    many bytes its image is behind ``source``.  Pairs are of neighbouring channels otherwise.
+    many bytes its image is behind ``source``.  Pairs are of neighbouring channels otherwise; of a few channels, odd in number and all of a pixel, ``spread``
+    says how many, and several pixels are moved at a time.
     """
     parameters = [("ptr", "block"), ("ptr", "source"), ("ptr", "tile"), ("i64", "p0"), ("i64", "q0"), ("i64", "channels")]
     f = module.function("pack_tile", [*parameters, *([("i64", "second_row"), ("i64", "distance")] if second else [])])
@@ -91,7 +94,7 @@ def emit_pack_tile(module: Module, arguments: ArgumentBlock, numeric: Numeric, s
         _pack_rows(f, a, numeric, step, second)
     elif layout == "inner":
         # Pairs of channels are neighbours in memory.
-        _pack_pixels(f, a, Halves.of(numeric) if numeric.pairs and not second else numeric, step, second)
+        _pack_pixels(f, a, Halves.of(numeric) if numeric.pairs and not second else numeric, step, second, spread)
     else:
         _pack_transposed(f, a, numeric)
     f.ret()
@@ -209,7 +212,7 @@ def _copy_columns(f: Function, numeric: Numeric, line: Value, target: Value, sta
         f.store(f.shuffle(low, high, even), place + done * size)
 
 
-def _pack_pixels(f: Function, a: Arguments, numeric: Numeric, step: int, second: bool) -> None:
+def _pack_pixels(f: Function, a: Arguments, numeric: Numeric, step: int, second: bool, spread: int) -> None:
     """nhwc to ``inner``: for each row, slab and column, a run of channels; whole runs of columns where they are neighbours in memory."""
     size, memory = numeric.compute_bytes, numeric.memory_bytes
     channels, source_column, pixel = f["channels"], a["source_column"], a["tile_column"]
@@ -241,11 +244,14 @@ def _pack_pixels(f: Function, a: Arguments, numeric: Numeric, step: int, second:
                 start, stop = _clamped_interior(f, slab)
                 first = line + (slab["offset"] + f["q0"] + start) * source_column
                 f.loop(0, start, 1, border)
-                f.branch(
-                    dense,
-                    lambda: copy_run(f, numeric, first, target + start * pixel, (stop - start) * channels),
-                    lambda: f.loop(start, stop, 1, border),
-                )
+                if spread:
+                    _spread_run(f, numeric, first, target + start * pixel, stop - start, spread)
+                else:
+                    f.branch(
+                        dense,
+                        lambda: copy_run(f, numeric, first, target + start * pixel, (stop - start) * channels),
+                        lambda: f.loop(start, stop, 1, border),
+                    )
                 f.loop(stop, slab["length"], 1, border)
 
             f.branch(offset >= 0, copy, lambda: zero_run(f, numeric, target, slab["length"] * (pixel // size)))
@@ -253,6 +259,21 @@ def _pack_pixels(f: Function, a: Arguments, numeric: Numeric, step: int, second:
         f.loop(0, a["slabs"], 1, slab_body)
 
     f.loop(0, a["rows"], 1, row)
+
+
+def _spread_run(f: Function, numeric: Numeric, source: Value, target: Value, count: Value, channels: int) -> None:
+    """``count`` pixels of ``channels`` neighbouring elements, each with a zero behind it."""
+    lanes, memory, wide = numeric.lanes, numeric.memory_bytes, channels + 1
+    pixels = lanes // wide
+    picks = [lane // wide * channels + lane % wide if lane % wide < channels and lane < pixels * wide else lanes for lane in range(lanes)]
+    zero = f.zero(vector_type(numeric.memory, lanes))
+
+    def block(i: Value) -> None:
+        rest = f.minimum(count - i, pixels)
+        value = numeric.load(f, source + i * (channels * memory), lanes, f.lane_mask(rest * channels, lanes))
+        f.store_masked(f.shuffle(value, zero, picks), target + i * (wide * memory), f.lane_mask(rest * wide, lanes))
+
+    f.loop(0, count, pixels, block)
 
 
 def _pack_transposed(f: Function, a: Arguments, numeric: Numeric) -> None:
