@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from faltung.problem import DTYPES, FORMATS, ConvProblem, Direction, Epilogue, Format
+from faltung.problem import FORMATS, PADDING_MODES, ConvProblem, Direction, Epilogue, Format
 
-__all__ = ["CASES", "SECTIONS", "TARGET_CASES", "biased", "problem", "variants"]
+__all__ = ["CASES", "SECTIONS", "TARGET_CASES", "UNEVEN_PADDING", "biased", "problem", "variants"]
 
 _SIZES = (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33)
 
@@ -195,18 +195,25 @@ def problem(case: str, direction: Direction, dtype: str, fmt: Format, weight_for
     return replace(ConvProblem.parse(case), direction=direction, dtype=dtype, format=fmt, weight_format=weight_format, epilogue=Epilogue(bias=bias))
 
 
+UNEVEN_PADDING = [
+    *((mode, padding) for mode in PADDING_MODES for padding in ("0,0,0,0", "2,0,1,3", "0,2,2,0", "3,1,0,2")),
+    ("zeros", "-1,2,1,-1"),
+]
+"""Modes with paddings of a 3x3 kernel that differ from side to side; only zeros may be negative."""
+
+
 def biased(position: int, direction: Direction) -> bool:
     """Whether the case at a position of its section has a bias (or its gradient): every second one."""
     return position % 2 == 0 and direction != "grad_input"
 
 
 def variants(section: str, direction: Direction, dtype: str) -> Iterator[ConvProblem]:
-    """Every case of a section in a direction and type: in all four pairs of formats for f32, in one that changes from case to case for the others."""
+    """Every case of a section in a direction and type: in all pairs of formats for f32, with weights of alternating format for the others."""
     for position, case in enumerate(CASES[section]):
-        turn = position + list(DTYPES).index(dtype)
-        pairs = [(a, b) for a in FORMATS for b in FORMATS] if dtype == "f32" else [(FORMATS[turn % 2], FORMATS[turn // 2 % 2])]
-        for fmt, weight_format in pairs:
-            yield problem(case, direction, dtype, fmt, weight_format, bias=biased(position + FORMATS.index(weight_format), direction))
+        for turn, fmt in enumerate(FORMATS):
+            for weight_turn, weight_format in enumerate(FORMATS):
+                if dtype == "f32" or (position + turn + weight_turn) % 2 == 0:
+                    yield problem(case, direction, dtype, fmt, weight_format, bias=biased(position + weight_turn, direction))
 
 
 def _check() -> None:

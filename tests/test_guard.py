@@ -58,11 +58,9 @@ def test_operands_against_forbidden_pages(side: str, dtype: str) -> None:
     for position, case in enumerate((*EDGES, *cases.TARGET_CASES)):
         for direction in DIRECTIONS:
             for turn, fmt in enumerate(FORMATS):
-                if dtype != "f32" and (position + turn + DIRECTIONS.index(direction)) % 2:
-                    continue
                 problem = cases.problem(case, direction, dtype, fmt, FORMATS[(position + turn) % 2], bias=direction != "grad_input")
                 runs += [(name, str(problem)) for name in applicable(problem)]
-    assert len(runs) > (6 if dtype == "f32" else 3) * (len(EDGES) + len(cases.TARGET_CASES))
+    assert len(runs) > 6 * (len(EDGES) + len(cases.TARGET_CASES))
     assert {name for name, _ in runs} >= {*TAKES, *MAY_TAKE} - (set() if dtype == "f32" else {"winograd"})
     run_child(side, runs, threads=2)
 

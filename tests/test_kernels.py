@@ -29,7 +29,7 @@ def test_every_implementation_is_in_the_sweep() -> None:
 @pytest.mark.parametrize("implementation", sorted(TAKES))
 def test_table(implementation: str, section: str, direction: Direction, dtype: str) -> None:
     problems = list(cases.variants(section, direction, dtype))
-    assert len(problems) == len(cases.CASES[section]) * (4 if dtype == "f32" else 1)
+    assert len(problems) == len(cases.CASES[section]) * (4 if dtype == "f32" else 2)
     taken = [p for p in problems if TAKES[implementation](p)]
     outcome = harness.sweep(problems, implementation, verify)
     assert (outcome.ran, outcome.refused) == (len(taken), len(problems) - len(taken))
@@ -60,12 +60,12 @@ def test_addresses_aligned_to_their_element_only(dtype: str, shift: int) -> None
         for case in cases.TARGET_CASES
         for direction in DIRECTIONS
         for fmt in FORMATS
-    ][:: 1 if dtype == "f32" else 2]
+    ]
     for implementation, takes in (TAKES | MAY_TAKE).items():
         taken = [p for p in problems if takes(p)]
         ran += harness.sweep(taken, implementation, lambda plan: verify(plan, shift=shift)).ran
         assert taken or dtype != "f32"
-    assert ran >= len(problems)
+    assert ran >= len(cases.TARGET_CASES) * 6
 
 
 def test_the_order_chooses_and_the_plan_says_who() -> None:

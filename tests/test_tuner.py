@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import faltung
-from faltung import ConvProblem, choices, config, dispatch
+from faltung import ConvProblem, choices, config, dispatch, testing
 from faltung.cpu import tuner
 from faltung.cpu.direct import DIRECT
 
@@ -78,8 +78,10 @@ def test_the_fastest_is_used_and_found_again(monkeypatch: pytest.MonkeyPatch, fo
     again = dispatch.decide(SMALL, "cpu", 2)
     assert again.plan.describe() == decision.plan.describe()
     assert (again.refusals, again.seconds, again.slower) == (decision.refusals, decision.seconds, decision.slower)
-    shown = str(faltung.explain(SMALL)) if torch.get_num_threads() == 2 else ""
-    assert not shown or ("tuned_seconds: 900 us" in shown and "was slower: 1000 us, 1.11 times" in shown)
+    with testing.thread_count(2):
+        shown = str(faltung.explain(SMALL))
+    assert "tuned_seconds: 900 us" in shown
+    assert "was slower: 1000 us, 1.11 times" in shown
 
 
 def test_the_predicted_choice_stays_where_the_clock_cannot_tell(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import cases
 from faltung import config, dispatch
 from faltung.cpu import target as targets
 from faltung.cpu import winograd, winograd_tiling
@@ -110,11 +111,8 @@ def test_channels(channels: str, memory_format: str, weight_format: str, directi
 
 
 @pytest.mark.parametrize("memory_format", ["nchw", "nhwc"])
-@pytest.mark.parametrize("padding", ["0,0,0,0", "2,0,1,3", "0,2,2,0", "3,1,0,2", "-1,2,1,-1"])
-@pytest.mark.parametrize("mode", ["zeros", "reflect", "replicate", "circular"])
+@pytest.mark.parametrize(("mode", "padding"), cases.UNEVEN_PADDING)
 def test_padding(mode: str, padding: str, memory_format: str) -> None:
-    if mode != "zeros" and "-" in padding:
-        pytest.skip("negative padding is for zeros")
     problem = ConvProblem.parse(f"{memory_format} n2c16h7w18k16r3s3 p{padding} {mode} bias")
     check(problem, F4)
     if mode == "zeros":
@@ -145,17 +143,18 @@ def test_neon_is_generated() -> None:
     assert "fmla" in assembly(kernel.emit(), neon)
 
 
-def test_gemm_has_no_spills() -> None:
+@pytest.mark.parametrize("transposed", [False, True])
+def test_gemm_has_no_spills(transposed: bool) -> None:
     from faltung.codegen.compile import assembly
     from faltung.codegen.emit import Module
     from faltung.codegen.numeric import Numeric
     from faltung.cpu.winograd_gemm import emit_gemm, gemm_rows
 
-    for isa in ("avx512", "avx2"):
+    for isa, most in (("avx512", 4), ("avx2", 3)):
         target = targets.TARGETS[isa]
-        for vectors in (2, 3, 4) if isa == "avx512" else (2, 3):
+        for vectors in range(1 if transposed else 2, most + 1):
             module = Module()
-            emit_gemm(module, Numeric("f32", target), gemm_rows(target.registers, vectors), vectors).public = True
+            emit_gemm(module, Numeric("f32", target), gemm_rows(target.registers, vectors), vectors, transposed=transposed).public = True
             lines = [line for line in assembly(str(module), target).splitlines() if "(%rsp)" in line and "mm" in line]
             assert not lines, (isa, vectors)
 

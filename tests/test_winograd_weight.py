@@ -8,6 +8,7 @@ from fractions import Fraction
 import pytest
 import torch
 
+import cases
 import harness
 from faltung import config, dispatch, testing
 from faltung.cpu import target as targets
@@ -67,11 +68,8 @@ def test_channels(channels: str, memory_format: str, weight_format: str) -> None
 
 
 @pytest.mark.parametrize("memory_format", ["nchw", "nhwc"])
-@pytest.mark.parametrize("padding", ["0,0,0,0", "2,0,1,3", "0,2,2,0", "3,1,0,2", "-1,2,1,-1"])
-@pytest.mark.parametrize("mode", ["zeros", "reflect", "replicate", "circular"])
+@pytest.mark.parametrize(("mode", "padding"), cases.UNEVEN_PADDING)
 def test_padding(mode: str, padding: str, memory_format: str) -> None:
-    if mode != "zeros" and "-" in padding:
-        pytest.skip("negative padding is for zeros")
     check(parse(f"{memory_format} n2c16h7w18k16r3s3 p{padding} {mode} bias"), F4)
 
 
@@ -98,22 +96,6 @@ def test_neon_is_generated() -> None:
     neon = targets.TARGETS["neon"]
     kernel = winograd_weight.WinogradWeightKernel(neon, 4, "nhwc", "nchw", 6, 4, False, False, True)
     assert "fmla" in assembly(kernel.emit(), neon)
-
-
-def test_gemm_has_no_spills() -> None:
-    from faltung.codegen.compile import assembly
-    from faltung.codegen.emit import Module
-    from faltung.codegen.numeric import Numeric
-    from faltung.cpu.winograd_gemm import gemm_rows
-    from faltung.cpu.winograd_weight_gemm import emit_weight_gemm
-
-    for isa, most in (("avx512", 4), ("avx2", 3)):
-        target = targets.TARGETS[isa]
-        for vectors in range(1, most + 1):
-            module = Module()
-            emit_weight_gemm(module, Numeric("f32", target), gemm_rows(target.registers, vectors), vectors).public = True
-            lines = [line for line in assembly(str(module), target).splitlines() if "(%rsp)" in line and "mm" in line]
-            assert not lines, (isa, vectors)
 
 
 @pytest.mark.parametrize("algorithm", list(ALGORITHMS))
