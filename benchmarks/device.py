@@ -34,7 +34,7 @@ from torch import Tensor
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "src")]
 
-from device_checks import TORCH, in_workers, operands, ours_call, precise, random_inputs, sanitize, stock_call, tasks, timed_problems  # noqa: E402
+from device_checks import TORCH, in_workers, ours_call, precise, random_inputs, sanitize, stock_call, tasks, timed_problems  # noqa: E402
 from faltung import dispatch, testing  # noqa: E402
 from faltung.problem import DIRECTIONS, FORMATS  # noqa: E402
 
@@ -184,7 +184,7 @@ def tune_rows(dtypes: tuple[str, ...], deadline: float) -> None:
         inputs = random_inputs(problem)
         want, own = precise(problem, inputs)[0], stock_call(problem, inputs)()[0]
         side = inputs.bias if problem.epilogue.bias else None
-        choice, measured = tuner.tune(problem, (want.double(), testing.error_bound(want.double(), own)), (*operands(problem, inputs), side))
+        choice, measured = tuner.tune(problem, (want.double(), testing.error_bound(want.double(), own)), (*inputs.read_by(problem), side))
         wrong = [m for m in measured if m.failure]
         print(f"{problem}: {choice}; {len(measured)} tried, {len(wrong)} rejected" + "".join(f"\n    {m}" for m in wrong[:3]), flush=True)
     dispatch.clear()

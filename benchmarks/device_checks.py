@@ -84,22 +84,13 @@ def random_inputs(problem: ConvProblem) -> testing.Inputs:
 def launch(plan: Any, inputs: testing.Inputs) -> testing.Result:
     """The plan's result, in memory of NaN."""
     problem = plan.problem
-    shape, fmt = {
-        "forward": (problem.output_shape, problem.format),
-        "grad_input": (problem.input_shape, problem.format),
-        "grad_weight": (problem.weight_shape, problem.weight_format),
-    }[problem.direction]
-    source, other = operands(problem, inputs)
-    out = torch.empty_strided(shape, layout.strides_of(shape, fmt), dtype=source.dtype, device=source.device).fill_(float("nan"))
+    source, other = inputs.read_by(problem)
+    out = testing.empty_result(problem, source.device).fill_(float("nan"))
     forward = problem.direction == "forward"
     side = None if not problem.epilogue.bias else inputs.bias if forward else torch.full_like(inputs.bias, float("nan"))
     with config.override(poison=True):
         plan.launch(source, other, side, out)
     return testing.Result(out, None if forward else side)
-
-
-def operands(problem: ConvProblem, inputs: testing.Inputs) -> tuple[Tensor, Tensor]:
-    return {"forward": (inputs.x, inputs.w), "grad_input": (inputs.gy, inputs.w), "grad_weight": (inputs.x, inputs.gy)}[problem.direction]
 
 
 def stock_call(problem: ConvProblem, inputs: testing.Inputs) -> Callable[[], tuple[Tensor, ...]]:

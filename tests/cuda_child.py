@@ -170,14 +170,10 @@ SWEEPS: dict[str, tuple[Sweep, ...]] = {
 def launch(plan: Any, inputs: testing.Inputs) -> testing.Result:
     """The plan's result, in memory of NaN with canaries around it."""
     problem = plan.problem
-    shape, fmt = {
-        "forward": (problem.output_shape, problem.format),
-        "grad_input": (problem.input_shape, problem.format),
-        "grad_weight": (problem.weight_shape, problem.weight_format),
-    }[problem.direction]
-    first, second = {"forward": (inputs.x, inputs.w), "grad_input": (inputs.gy, inputs.w), "grad_weight": (inputs.x, inputs.gy)}[problem.direction]
+    first, second = inputs.read_by(problem)
     copies = first.clone(), second.clone()
-    memory, out = _poisoned(shape, layout.strides_of(shape, fmt), first.dtype)
+    shape = problem.result_shape
+    memory, out = _poisoned(shape, layout.strides_of(shape, problem.result_format), first.dtype)
     side, side_memory = None, None
     if problem.epilogue.bias:
         side_memory, side = _poisoned((problem.k,), (1,), first.dtype)

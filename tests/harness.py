@@ -44,15 +44,12 @@ def operands(problem: ConvProblem, inputs: testing.Inputs) -> tuple[Operand, Ope
         return Operand(name, tuple(tensor.shape), tensor.stride(), tensor)
 
     first, second = {"forward": ("x", "w"), "grad_input": ("gy", "w"), "grad_weight": ("x", "gy")}[problem.direction]
-    name, shape, fmt = {
-        "forward": ("y", problem.output_shape, problem.format),
-        "grad_input": ("gx", problem.input_shape, problem.format),
-        "grad_weight": ("gw", problem.weight_shape, problem.weight_format),
-    }[problem.direction]
+    name = {"forward": "y", "grad_input": "gx", "grad_weight": "gw"}[problem.direction]
+    strides = layout.strides_of(problem.result_shape, problem.result_format)
     side = None
     if problem.epilogue.bias:
         side = Operand("gb", (problem.k,), (1,), None) if problem.direction == "grad_weight" else read("bias")
-    return read(first), read(second), side, Operand(name, shape, layout.strides_of(shape, fmt), None)
+    return read(first), read(second), side, Operand(name, problem.result_shape, strides, None)
 
 
 class _Buffer:

@@ -32,8 +32,7 @@ LAYERS: dict[str, set[str]] = {
     "cpu": {"choices", "codegen", "config", "dispatch", "problem"},
     "cuda": {"choices", "codegen", "config", "dispatch", "layout", "problem"},
 }
-LAYERS["autotune"] = {"config", "cpu", "dispatch", "problem"}
-LAYERS["prepared"] = {"arguments", "autotune", "config", "dispatch", "layout", "problem"}
+LAYERS["prepared"] = {"arguments", "config", "dispatch", "layout", "problem"}
 LAYERS["ops"] = LAYERS["prepared"] | {"prepared"}
 LAYERS["functional"] = LAYERS["ops"] | {"ops"}
 LAYERS["frozen"] = LAYERS["functional"] | {"functional"}

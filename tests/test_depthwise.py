@@ -222,8 +222,7 @@ def test_touches_only_its_operands(isa: str, at_end: bool) -> None:
         for problem in variants(texts, ("f32", "f16"), ("zeros", "replicate")):
             x, w, b, g = operands(problem, integer=True)
             forward, weight = problem.direction == "forward", problem.direction == "grad_weight"
-            shape = {"forward": problem.output_shape, "grad_input": problem.input_shape, "grad_weight": problem.weight_shape}[problem.direction]
-            out = torch.full(shape, float("nan"), dtype=x.dtype)
+            out = torch.full(problem.result_shape, float("nan"), dtype=x.dtype)
             out = out if weight else out.contiguous(memory_format=MEMORY[problem.format])
             plan = DEPTHWISE.plan(problem, 1)
             bias = b if forward else torch.full_like(b, float("nan"))

@@ -108,6 +108,16 @@ class ConvProblem:
         return self.n, self.k, self.p, self.q
 
     @property
+    def result_shape(self) -> tuple[int, int, int, int]:
+        """The shape of what the direction produces: the output, or the gradient of input or weight."""
+        return {"forward": self.output_shape, "grad_input": self.input_shape, "grad_weight": self.weight_shape}[self.direction]
+
+    @property
+    def result_format(self) -> Format:
+        """The format of what the direction produces."""
+        return self.weight_format if self.direction == "grad_weight" else self.format
+
+    @property
     def depthwise(self) -> bool:
         """One input channel a group (any channel multiplier), and more than one group."""
         return self.g > 1 and self.cg == 1

@@ -35,6 +35,10 @@ class Inputs:
     bias: Tensor
     gy: Tensor
 
+    def read_by(self, problem: ConvProblem) -> tuple[Tensor, Tensor]:
+        """The two that the problem's direction reads, in the order in which a plan takes them."""
+        return {"forward": (self.x, self.w), "grad_input": (self.gy, self.w), "grad_weight": (self.x, self.gy)}[problem.direction]
+
 
 @dataclass(frozen=True)
 class Result:
@@ -102,19 +106,25 @@ def stock(problem: ConvProblem, inputs: Inputs) -> Result:
     with torch.enable_grad():
         x, w, bias = (t.detach().requires_grad_() for t in (inputs.x, inputs.w, inputs.bias))
         left, right, top, bottom = problem.padding
-        if problem.padding_mode == "zeros" and (left, top) == (right, bottom):
+        # PyTorch 2.14 writes outside of its buffers in the weight's gradient of some 1x1 layers with a stride, and the process dies
+        stride, sliced = problem.stride, (problem.r, problem.s) == (1, 1) and problem.stride != (1, 1)
+        if problem.padding_mode == "zeros" and (left, top) == (right, bottom) and not sliced:
             padded, padding = x, (top, left)
         else:
             padded, padding = F.pad(x, problem.padding, mode="constant" if problem.padding_mode == "zeros" else problem.padding_mode), (0, 0)
-        stride = problem.stride
-        if (problem.r, problem.s) == (1, 1) and stride != (1, 1) and padding == (0, 0):
-            # PyTorch 2.14 writes outside of its buffers in the weight's gradient of some 1x1 layers with a stride, and the process dies
+        if sliced:
             padded, stride = padded[:, :, :: stride[0], :: stride[1]], (1, 1)
         y = F.conv2d(padded, w, bias if problem.epilogue.bias else None, stride, padding, problem.dilation, problem.g)
         if problem.direction == "forward":
             return Result(y.detach())
         wanted = {"grad_input": (x,), "grad_weight": (w, bias) if problem.epilogue.bias else (w,)}[problem.direction]
         return Result(*torch.autograd.grad(y, wanted, inputs.gy))
+
+
+def empty_result(problem: ConvProblem, device: torch.device | str = "cpu") -> Tensor:
+    """Memory, not written yet, for what the problem's direction produces."""
+    shape = problem.result_shape
+    return torch.empty_strided(shape, layout.strides_of(shape, problem.result_format), dtype=TORCH_DTYPES[problem.dtype], device=device)
 
 
 def error_bound(exact_result: Tensor, stock_result: Tensor) -> float:
@@ -140,16 +150,9 @@ def guarded_run(problem: ConvProblem, inputs: Inputs, *, threads: int = 1, guard
     not written where the exact result is a number, raises AssertionError.
     """
     plan = dispatch.decide(problem, "cpu", threads).plan
-    shape, fmt = {
-        "forward": (problem.output_shape, problem.format),
-        "grad_input": (problem.input_shape, problem.format),
-        "grad_weight": (problem.weight_shape, problem.weight_format),
-    }[problem.direction]
-    x, w, bias, gy = inputs.x, inputs.w, inputs.bias, inputs.gy
-    first, second = {"forward": (x, w), "grad_input": (gy, w), "grad_weight": (x, gy)}[problem.direction]
-    dtype = TORCH_DTYPES[problem.dtype]
-    out = torch.full((), float("nan"), dtype=dtype).expand(shape)
-    out = torch.empty_strided(shape, layout.strides_of(shape, fmt), dtype=dtype).copy_(out)
+    bias = inputs.bias
+    first, second = inputs.read_by(problem)
+    out = empty_result(problem).fill_(float("nan"))
     side = None if not problem.epilogue.bias else bias.clone() if problem.direction == "forward" else torch.full_like(bias, float("nan"))
     guards = [Guarded(t) for t in (first, second, out, side) if t is not None] if guard else []
     if guards:

@@ -22,7 +22,7 @@ from .frozen import Packing
 from .geometry import Axis, axes
 from .plan import CpuPlan
 from .target import Target
-from .tile import Tile, align, pitches, row_pitch, weight_strides
+from .tile import PAGE, Tile, align, pitches, row_pitch, weight_strides
 from .tiling import Block, choose_block, least_cycles, split_count, tile_candidates, useful_threads
 
 __all__ = ["DIRECT", "Direct", "DirectConfig", "choose_config", "offered_configs"]
@@ -402,6 +402,6 @@ def _values(
         "weight_contiguous": (phases.runs[0] if len(set(phases.runs)) == 1 else 1) if numeric.pairs else int(phases.contiguous),
         "weight_distance": strides[1 if roles.forward else 0], "bias_at": phases.packed_bytes, "bias_group": bias_group,
         "has_bias": int(problem.epilogue.bias and roles.forward),
-        "scratch_at": align(phases.packed_bytes + problem.g * bias_group + 64, 4096), "scratch_size": layout.scratch_size,
+        "scratch_at": align(phases.packed_bytes + problem.g * bias_group + 64, PAGE), "scratch_size": layout.scratch_size,
         "start_at": layout.start_at, "c_at": layout.c_at, "c_channel": layout.c_channel, "column_advance": columns.advance,
     }  # fmt: skip

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from ..codegen.entry import ArgumentBlock
 from .pages import LARGE_BYTES, ask_for_huge_pages
+from .tile import PAGE
 from .workspace import workspace
 
 if TYPE_CHECKING:
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 
 __all__ = ["FrozenPlan", "Packing"]
 
-_PAGE = 4096
 _BLOCKS_KEPT = 16
 
 
@@ -40,7 +40,7 @@ class Packing:
 
     def bytes_of(self, block: npt.NDArray[np.int64]) -> int:
         """Memory of the packed weights of a plan with this argument block."""
-        return self.arguments.value(block, "scratch_at") + _PAGE
+        return self.arguments.value(block, "scratch_at") + PAGE
 
 
 class FrozenPlan:
@@ -54,7 +54,7 @@ class FrozenPlan:
         self._packed = np.empty(packing.bytes_of(plan.block), np.uint8)
         # Bytes that packing skips must compare equal: see share().
         self._packed.fill(0xFF if plan.poison else 0)
-        self._address = -(-self._packed.ctypes.data // _PAGE) * _PAGE
+        self._address = -(-self._packed.ctypes.data // PAGE) * PAGE
         self.launch: Callable[..., None] = self._launch if plan.out_bytes < LARGE_BYTES else self._launch_large
         scratch, keep = workspace(self._scratch_bytes, plan.poison)
         block = self._block(scratch, packing.compute)

@@ -17,7 +17,7 @@ from ..codegen.emit import Function, Module, Value
 from ..codegen.numeric import Numeric
 from .bfloat import Rounded, dot
 
-__all__ = ["Micro", "call_micro", "emit_micro", "largest_rows"]
+__all__ = ["Micro", "Pitches", "call_micro", "emit_micro", "largest_rows"]
 
 _UNROLL = 2
 
@@ -60,7 +60,7 @@ def call_micro(f: Function, micro: Function, **arguments: Value) -> None:
     f.call(micro, [arguments[name] for _, name in _PARAMETERS])
 
 
-class _Pitches:
+class Pitches:
     """One, two and three times a pitch of rows, made once."""
 
     def __init__(self, pitch: Value) -> None:
@@ -99,7 +99,7 @@ def emit_micro(module: Module, numeric: Numeric, micro: Micro) -> Function:
 
     start = [f.zero(numeric.vector)] * (micro.rows * micro.vectors)
     gathers_rows = micro.orientation == "channels"
-    pitches = _Pitches(f["pitch"]) if gathers_rows and not micro.unit_pitch else None
+    pitches = Pitches(f["pitch"]) if gathers_rows and not micro.unit_pitch else None
 
     def step(index: Value, panel: Value, unroll: int, accumulators: list[Value]) -> list[Value]:
         gathered = f["source"] + f.load_index(f["table"], index)
@@ -133,7 +133,7 @@ def emit_micro(module: Module, numeric: Numeric, micro: Micro) -> Function:
     whole = f.integer("and", f["count"], -_UNROLL)
     panel, *values = f.loop(0, whole, _UNROLL, turn(_UNROLL), [f["panel"], *start])
     _, *values = f.loop(whole, f["count"], 1, turn(1), [panel, *values])
-    for m, (pointer, first) in enumerate(zip(_Pitches(f["c_pitch"]).rows(f["c"], micro.rows), _Pitches(f["init_pitch"]).rows(f["init"], micro.rows))):
+    for m, (pointer, first) in enumerate(zip(Pitches(f["c_pitch"]).rows(f["c"], micro.rows), Pitches(f["init_pitch"]).rows(f["init"], micro.rows))):
         for v in range(micro.vectors):
             value, chosen = f.fadd(values[m * micro.vectors + v], read(first, v)), block_mask(v)
             if micro.rounded:

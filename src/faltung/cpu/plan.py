@@ -47,7 +47,7 @@ class CpuPlan:
         self.function = kernel.function(ENTRY_ARGUMENTS)
         self._address = block.ctypes.data
         self.poison = config.current().poison
-        self.out_bytes = _out_bytes(problem)
+        self.out_bytes = math.prod(problem.result_shape) * DTYPES[problem.dtype]
         self.launch: Callable[..., None] = self._launch if self.out_bytes < LARGE_BYTES else self._launch_large
 
     def _launch(self, source: int, other: int, bias: int, out: int) -> None:
@@ -74,9 +74,3 @@ class CpuPlan:
 
     def describe(self) -> dict[str, Any]:
         return {"kernel": self.kernel.name, "isa": self.kernel.target.isa, "workspace_bytes": self.workspace_bytes, **self._facts}
-
-
-def _out_bytes(problem: ConvProblem) -> int:
-    """Bytes of what the problem's direction produces."""
-    shape = {"forward": problem.output_shape, "grad_input": problem.input_shape, "grad_weight": problem.weight_shape}[problem.direction]
-    return math.prod(shape) * DTYPES[problem.dtype]

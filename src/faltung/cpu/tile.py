@@ -8,12 +8,21 @@ import numpy.typing as npt
 from ..problem import DTYPES, ConvProblem
 from .geometry import Axis, Tap
 
-__all__ = ["Tile", "align", "meets_itself", "pitches", "row_pitch", "weight_strides"]
+__all__ = ["PAGE", "Tile", "align", "meets_itself", "odd_lines", "pitches", "row_pitch", "weight_strides"]
+
+
+PAGE = 4096
+"""Bytes of a page, and of one way of the first-level cache: addresses this far apart fall into one set."""
 
 
 def align(value: int, to: int = 64) -> int:
     """``value`` rounded up to a multiple of ``to``."""
     return -(-value // to) * to
+
+
+def odd_lines(value: int) -> int:
+    """``value`` rounded up to an odd number of cache lines: what lies this far apart falls into different cache sets."""
+    return (-(-value // 64) | 1) * 64
 
 
 def pitches(problem: ConvProblem, input_side: bool) -> tuple[int, int, int, int]:
@@ -37,7 +46,7 @@ def weight_strides(problem: ConvProblem) -> tuple[int, int, int, int]:
 def meets_itself(pitch: int) -> bool:
     """Whether pixels this many bytes apart fall into one set of the first-level cache, which holds a dozen lines of them and a block needs as many:
     1x1 layers with 1024 channels take up to 40 % more time so."""
-    return pitch % 4096 == 0
+    return pitch % PAGE == 0
 
 
 def row_pitch(columns: Axis) -> int:

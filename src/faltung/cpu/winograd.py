@@ -19,6 +19,7 @@ from .frozen import Packing
 from .geometry import padded_index
 from .plan import CpuPlan
 from .target import Target
+from .tile import PAGE, align, odd_lines
 from .winograd_filter import filter_scratch_bytes
 from .winograd_input import strip_bytes
 from .winograd_kernel import ARGUMENTS, LINE, WinogradKernel
@@ -79,9 +80,9 @@ class _Layout:
         self.wide_panels = out_vectors - self.panels * (config.vectors - 1) if kernel.narrow else self.panels
         self.pieces = max(1, source // config.piece)
         run_over = config.tiles + config.rows
-        self.v_pitch = _align(source * size) + LINE
-        self.v_point = _odd_lines(run_over * self.v_pitch)
-        self.m_point = _odd_lines(run_over * config.vectors * vector)
+        self.v_pitch = align(source * size) + LINE
+        self.v_point = odd_lines(run_over * self.v_pitch)
+        self.m_point = odd_lines(run_over * config.vectors * vector)
         v, m = points * self.v_point + _SLACK, points * self.m_point
         longest = source - (self.pieces - 1) * config.piece
         u_piece = points * (longest * config.vectors * vector + LINE)
@@ -90,26 +91,13 @@ class _Layout:
             strip_bytes(algorithm, numeric), output_scratch_bytes(algorithm, numeric, config.vectors, roles.problem.format), filter_scratch_bytes(numeric)
         )
         tiles_first = config.order == "tiles"
-        self.m_at = _align(v if tiles_first else u_piece + _SLACK) + 5 * LINE
-        self.strip_at = _align(self.m_at + m) + 3 * LINE
-        self.scratch_size = _page(self.strip_at + strip + _SLACK) + 9 * LINE
+        self.m_at = align(v if tiles_first else u_piece + _SLACK) + 5 * LINE
+        self.strip_at = align(self.m_at + m) + 3 * LINE
+        self.scratch_size = align(self.strip_at + strip + _SLACK, PAGE) + 9 * LINE
         self.v_block = v
         self.shared = u if tiles_first else self.blocks * v
-        self.scratch_at = _page(self.shared + _SLACK)
+        self.scratch_at = align(self.shared + _SLACK, PAGE)
         self.workspace = self.scratch_at + threads * self.scratch_size
-
-
-def _align(value: int) -> int:
-    return -(-value // LINE) * LINE
-
-
-def _odd_lines(value: int) -> int:
-    """An odd number of cache lines: the points of a tile fall into different sets."""
-    return (-(-value // LINE) | 1) * LINE
-
-
-def _page(value: int) -> int:
-    return -(-value // 4096) * 4096
 
 
 def build_plan(problem: ConvProblem, target: Target, threads: int, config: WinogradConfig, name: str) -> CpuPlan:

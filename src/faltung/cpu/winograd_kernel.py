@@ -26,7 +26,7 @@ from ..codegen.numeric import Numeric
 from .target import Target
 from .winograd_ahead import emit_touch
 from .winograd_filter import emit_filter
-from .winograd_gemm import emit_multiply
+from .winograd_gemm import Panels, emit_multiply
 from .winograd_input import INPUT_ARGUMENTS, emit_input
 from .winograd_output import OUTPUT_ARGUMENTS, emit_output
 from .winograd_transform import F2, F4
@@ -94,7 +94,9 @@ class _Panel:
     u_point: Value
 
 
-class _Builder:
+class _Builder(Panels):
+    kernel: WinogradKernel
+
     def __init__(self, kernel: WinogradKernel, module: Module) -> None:
         self.kernel, self.module = kernel, module
         self.numeric = Numeric("f32", kernel.target)
@@ -105,15 +107,6 @@ class _Builder:
         self.output = emit_output(module, ARGUMENTS, self.numeric, self.algorithm, kernel.format)
         self.touch = (emit_touch(module, ARGUMENTS, kernel.m, False), emit_touch(module, ARGUMENTS, kernel.m, True)) if kernel.format == "nhwc" else None
         self.multiply = {v: emit_multiply(module, self.numeric, self.points, kernel.rows, v, self.touch) for v in self.widths}
-
-    @property
-    def widths(self) -> tuple[int, ...]:
-        """Vectors of the panels there are."""
-        return (self.kernel.vectors, self.kernel.vectors - 1) if self.kernel.narrow else (self.kernel.vectors,)
-
-    @property
-    def vector_bytes(self) -> int:
-        return self.numeric.lanes * self.numeric.compute_bytes
 
     def with_panel(self, f: Function, task: Task, index: Value, reduced: Value, body: Callable[[_Panel], None]) -> None:
         """``body(panel)`` for the panel ``index``, emitted for each width; ``reduced`` channels of it are kept in U."""

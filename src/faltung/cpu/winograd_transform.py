@@ -115,17 +115,20 @@ class Algorithm:
         over a piece, over a part's pieces and over the parts err by a length times half of it plus one.  The true sums have the variance ``m^2``
         a tile.
         """
+        per_length, constant = self._weight_errors
+        length = (tiles + 1) / 2 + (pieces + 1) / 2 + (parts + 1) / 2  # of one tile's product, in its units
+        return _SAFETY * _UNIT / math.sqrt(3) * math.sqrt((per_length * length + constant) / self.m**2)
+
+    @cached_property
+    def _weight_errors(self) -> tuple[float, float]:
+        """Squared errors of a tile's share of a weight: for each unit of the sums' length, and of the transforms."""
         squares, spread = _row_norms(self.input_matrix)
-        columns = tuple(tuple(row[j] for row in self.output_matrix) for j in range(self.n))
-        lifted, lift_spread = _row_norms(columns)
+        lifted, lift_spread = _row_norms(tuple(tuple(row[j] for row in self.output_matrix) for j in range(self.n)))
         filters = [float(sum(x * x for x in row)) for row in self.filter_matrix]
-        accumulate = (tiles + 1) / 2 + (pieces + 1) / 2 + (parts + 1) / 2  # of one tile's product, in its units
-        total = 0.0
-        for i in range(self.n):
-            for j in range(self.n):
-                signal = squares[i] * squares[j] * lifted[i] * lifted[j] * filters[i] * filters[j] / 9
-                total += signal * (accumulate + spread[i] + spread[j] + lift_spread[i] + lift_spread[j] + 2 * math.log2(2 * self.n))
-        return _SAFETY * _UNIT / math.sqrt(3) * math.sqrt(total / self.m**2)
+        signal = [b * a * g for b, a, g in zip(squares, lifted, filters)]
+        roundings = [b + a + math.log2(2 * self.n) for b, a in zip(spread, lift_spread)]
+        one, weighed = sum(signal), sum(s * t for s, t in zip(signal, roundings))
+        return one * one / 9, 2 * one * weighed / 9
 
 
 F4 = Algorithm(4, (Fraction(3, 4), Fraction(3, 2)))

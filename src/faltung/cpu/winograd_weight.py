@@ -14,6 +14,7 @@ from . import target as targets
 from .geometry import padded_index
 from .plan import CpuPlan
 from .target import Target
+from .tile import PAGE, align, odd_lines
 from .winograd import refusal
 from .winograd_input import strip_bytes
 from .winograd_kernel import LINE
@@ -27,19 +28,6 @@ _SLACK = 1024
 _SIZE = 4  # bytes of an element
 
 
-def _align(value: int) -> int:
-    return -(-value // LINE) * LINE
-
-
-def _odd_lines(value: int) -> int:
-    """An odd number of cache lines: the points of a tile fall into different sets."""
-    return (-(-value // LINE) | 1) * LINE
-
-
-def _page(value: int) -> int:
-    return -(-value // 4096) * 4096
-
-
 class _Layout:
     """Sizes and places in memory, all in bytes."""
 
@@ -49,23 +37,23 @@ class _Layout:
         self.tiles_p, self.tiles_q = tile_counts(problem, config.algorithm)
         self.tiles = problem.n * self.tiles_p * self.tiles_q
         self.k_most = -(-(problem.k // lanes) // config.k_blocks) * lanes + problem.k % lanes
-        self.v_pitch = _align(min(problem.c, config.block_panels * config.vectors * lanes) * _SIZE) + LINE
-        self.w_pitch = _align(self.k_most * _SIZE) + LINE
-        self.v_point, self.w_point = _odd_lines(config.block_tiles * self.v_pitch), _odd_lines(config.block_tiles * self.w_pitch)
-        self.s_point = _odd_lines((self.k_most + config.rows) * config.vectors * vector)
+        self.v_pitch = align(min(problem.c, config.block_panels * config.vectors * lanes) * _SIZE) + LINE
+        self.w_pitch = align(self.k_most * _SIZE) + LINE
+        self.v_point, self.w_point = odd_lines(config.block_tiles * self.v_pitch), odd_lines(config.block_tiles * self.w_pitch)
+        self.s_point = odd_lines((self.k_most + config.rows) * config.vectors * vector)
         self.s_panel = points * self.s_point
         v, w, s = points * self.v_point + _SLACK, points * self.w_point + _SLACK, config.block_panels * self.s_panel + _SLACK
-        self.sum_pitch = _align(problem.k * _SIZE) + vector + LINE
-        self.partial_tap = _align(problem.c * _SIZE) + LINE
+        self.sum_pitch = align(problem.k * _SIZE) + vector + LINE
+        self.partial_tap = align(problem.c * _SIZE) + LINE
         self.partial_k = 9 * self.partial_tap
         self.partial_part = problem.k * self.partial_k
-        self.partial_at = _page(config.parts * self.sum_pitch)
-        self.scratch_at = _page(self.partial_at + (config.parts * self.partial_part if config.parts > 1 else 0))
-        self.w_at = _align(v) + 5 * LINE
-        self.s_at = _align(self.w_at + w) + 3 * LINE
-        self.block_sums_at = _align(self.s_at + s)
-        self.strip_at = _align(self.block_sums_at + self.sum_pitch)
-        self.scratch_size = _page(self.strip_at + strip_bytes(config.algorithm, numeric) + _SLACK) + 9 * LINE
+        self.partial_at = align(config.parts * self.sum_pitch, PAGE)
+        self.scratch_at = align(self.partial_at + (config.parts * self.partial_part if config.parts > 1 else 0), PAGE)
+        self.w_at = align(v) + 5 * LINE
+        self.s_at = align(self.w_at + w) + 3 * LINE
+        self.block_sums_at = align(self.s_at + s)
+        self.strip_at = align(self.block_sums_at + self.sum_pitch)
+        self.scratch_size = align(self.strip_at + strip_bytes(config.algorithm, numeric) + _SLACK, PAGE) + 9 * LINE
         self.workspace = self.scratch_at + threads * self.scratch_size
 
 

@@ -23,6 +23,7 @@ from ..codegen.emit import Function, Module, Value
 from ..codegen.entry import ArgumentBlock, Task, emit_entry
 from ..codegen.numeric import Numeric
 from .target import Target
+from .winograd_gemm import Panels
 from .winograd_input import GRADIENT_ARGUMENTS, INPUT_ARGUMENTS, LIFT, LIFT_SUMS, channel_start, emit_input
 from .winograd_transform import F2, F4
 from .winograd_weight_gemm import emit_weight_multiply
@@ -90,7 +91,9 @@ class _Block:
     k_count: Value
 
 
-class _Builder:
+class _Builder(Panels):
+    kernel: WinogradWeightKernel
+
     def __init__(self, kernel: WinogradWeightKernel, module: Module) -> None:
         self.kernel, self.module = kernel, module
         self.numeric = numeric = Numeric("f32", kernel.target)
@@ -101,15 +104,6 @@ class _Builder:
         self.multiply = {v: emit_weight_multiply(module, numeric, self.points, kernel.rows, v) for v in self.widths}
         self.reduce = emit_reduce(module, numeric, self.algorithm, kernel.weight_format if kernel.single else "nhwc")
         self.sum_parts = None if kernel.single else emit_sum_parts(module, numeric, kernel.weight_format)
-
-    @property
-    def widths(self) -> tuple[int, ...]:
-        """Vectors of the panels there are."""
-        return (self.kernel.vectors, self.kernel.vectors - 1) if self.kernel.narrow else (self.kernel.vectors,)
-
-    @property
-    def vector_bytes(self) -> int:
-        return self.numeric.lanes * self.numeric.compute_bytes
 
     def panel_start(self, f: Function, task: Task, index: Value) -> Value:
         """First input channel of a panel: panels are ``vectors`` vectors wide, then one less."""

@@ -13,7 +13,7 @@ from .winograd_gemm import gemm_rows
 from .winograd_tiling import panel_vectors
 from .winograd_transform import ERROR_LIMIT, F2, F4, Algorithm
 
-__all__ = ["WinogradWeightConfig", "candidates", "choose_config", "direct_cycles", "predict", "tile_counts"]
+__all__ = ["WinogradWeightConfig", "candidates", "choose_config", "direct_cycles", "predicted", "tile_counts"]
 
 _CALL_CYCLES = 30.0  # of one call of the GEMM
 _NEAR_BYTES = 32.0  # a cycle, of the sums, from and to the second-level cache
@@ -36,7 +36,7 @@ class WinogradWeightConfig:
     """One way to compute: algorithm, accumulators, blocks of channels, parts of the tiles.
 
     ``block_panels``: panels of input channels of a task; ``k_blocks``: blocks of output channels; ``block_tiles``: tiles that are transformed at once,
-    and a piece of the sums.  ``cycles`` is the prediction for one thread.
+    and a piece of the sums.  ``cycles`` is the prediction for one thread, ``score`` the sum over several numbers of threads of all threads' cycles.
     """
 
     algorithm: Algorithm
@@ -49,6 +49,7 @@ class WinogradWeightConfig:
     part_tiles: int
     block_tiles: int
     cycles: float = math.inf
+    score: float = math.inf
 
     @property
     def error_bound(self) -> float:
@@ -63,8 +64,8 @@ def tile_counts(problem: ConvProblem, algorithm: Algorithm) -> tuple[int, int]:
 
 def choose_config(problem: ConvProblem, target: Target) -> WinogradWeightConfig | None:
     """The configuration predicted to be fastest over several numbers of threads, of those within the error limit."""
-    allowed = [c for algorithm in (F4, F2) for c in candidates(problem, target, algorithm) if c.error_bound <= ERROR_LIMIT]
-    return min(allowed, key=lambda c: sum(threads * predict(problem, target, c, threads) for threads in _THREADS), default=None)
+    found = [config for algorithm in (F4, F2) for config in candidates(problem, target, algorithm)]
+    return next((config for config in sorted(found, key=lambda c: c.score) if config.error_bound <= ERROR_LIMIT), None)
 
 
 def candidates(problem: ConvProblem, target: Target, algorithm: Algorithm) -> Iterator[WinogradWeightConfig]:
@@ -94,11 +95,11 @@ def candidates(problem: ConvProblem, target: Target, algorithm: Algorithm) -> It
                     shape = -(-tiles // part_tiles), part_tiles, block
                     found.add(WinogradWeightConfig(algorithm, rows, vectors, block_panels, c_blocks, k_blocks, *shape))
     for config in sorted(found, key=lambda c: (c.block_panels, c.k_blocks, c.parts, c.block_tiles)):
-        yield replace(config, cycles=predict(problem, target, config, 1))
+        yield predicted(problem, target, config)
 
 
-def predict(problem: ConvProblem, target: Target, config: WinogradWeightConfig, threads: int) -> float:
-    """Cycles until the last of ``threads`` threads is done."""
+def predicted(problem: ConvProblem, target: Target, config: WinogradWeightConfig) -> WinogradWeightConfig:
+    """The configuration with its cost."""
     lanes, points, size = target.lanes("float"), config.algorithm.n**2, target.vector_bytes
     slow = 1.0 if target.fma else 1.5
     tiles = math.prod(tile_counts(problem, config.algorithm)) * problem.n
@@ -122,9 +123,10 @@ def predict(problem: ConvProblem, target: Target, config: WinogradWeightConfig, 
     if config.parts > 1:
         reduce += sums / 4 / _WRITE_BYTES
         after = config.parts * problem.c * problem.k * 36 / _WRITE_BYTES
-    tasks = config.c_blocks * config.k_blocks * config.parts
-    waves = tasks / threads if tasks >= 16 * threads else -(-tasks // threads)
-    return after / threads + waves * (transforms + products + reduce + _TASK_CYCLES)
+    tasks, task = config.c_blocks * config.k_blocks * config.parts, transforms + products + reduce + _TASK_CYCLES
+    waves = (tasks / t if tasks >= 16 * t else -(-tasks // t) for t in _THREADS)
+    score = sum(after + t * count * task for t, count in zip(_THREADS, waves))
+    return replace(config, cycles=after + tasks * task, score=score)
 
 
 def direct_cycles(problem: ConvProblem, target: Target) -> float:

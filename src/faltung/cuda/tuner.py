@@ -137,12 +137,8 @@ def tune(
     """
     expected, bound = oracle
     source, other, side = operands
-    shape, fmt = {
-        "forward": (problem.output_shape, problem.format),
-        "grad_input": (problem.input_shape, problem.format),
-        "grad_weight": (problem.weight_shape, problem.weight_format),
-    }[problem.direction]
-    out = torch.empty_strided(shape, layout.strides_of(shape, fmt), dtype=TORCH_DTYPES[problem.dtype], device=source.device)
+    strides = layout.strides_of(problem.result_shape, problem.result_format)
+    out = torch.empty_strided(problem.result_shape, strides, dtype=TORCH_DTYPES[problem.dtype], device=source.device)
     measured: list[Measured] = []
     for implementation in _candidates():
         try:
