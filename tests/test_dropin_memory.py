@@ -52,6 +52,15 @@ def test_odd_operands(name: str) -> None:
         _check(x, w, torch.randn(12)[::2], padding=1)
 
 
+def test_an_expanded_gradient_is_copied_once() -> None:
+    x, w = torch.randn(2, 4, 6, 5, requires_grad=True), torch.randn(6, 4, 3, 3, requires_grad=True)
+    faltung.conv2d(x, w, padding=1).sum().backward()
+    y = faltung.conv2d(x, w, padding=1)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        torch.autograd.grad(y.sum(), (x, w))
+    assert [event.count for event in profile.key_averages() if event.key == "aten::copy_"] == [1]
+
+
 def test_single_negated_elements() -> None:
     x = torch.randn(1, 1, 1, 1, dtype=torch.complex64).conj().imag
     w = torch.randn(1, 1, 1, 1, dtype=torch.complex64).conj().imag

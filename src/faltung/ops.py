@@ -87,6 +87,7 @@ class Convolution(Function):
         if torch.is_grad_enabled() or not _is_plain(grad_output, saved):
             return *_differentiable_backward(call, grad_output, x, weight, needs_bias), None
         if needs_input:
+            grad_output = call.dense_gradient(grad_output)
             gx = call.grad_input(grad_output, weight)
         if needs_weight:
             gw, gb = call.grad_weight(x, grad_output, needs_bias)

@@ -167,13 +167,16 @@ class Prepared:
         self._run(plan.launch, x, weight, bias, output)
         return output
 
+    def dense_gradient(self, grad_output: Tensor) -> Tensor:
+        """The gradient of the output as the kernels read it; a backward pass that needs it twice asks here first, so that it is copied once."""
+        return grad_output if grad_output.stride() == self.output_strides else dense(grad_output, self.problem.format)
+
     def grad_input(self, grad_output: Tensor, weight: Tensor) -> Tensor:
         """The gradient of the input; the operands may have any strides (what autograd saved may come back with others)."""
         launch = self._grad_input
         if launch is None:
             launch = self._grad_input = self._launcher("grad_input", False)
-        if grad_output.stride() != self.output_strides:
-            grad_output = dense(grad_output, self.problem.format)
+        grad_output = self.dense_gradient(grad_output)
         if weight.stride() != self.weight_strides:
             weight = dense(weight, self.problem.weight_format)
         grad_input = self._allocate(self.input_shape, self.input_strides)
@@ -185,8 +188,7 @@ class Prepared:
         launch = self._grad_weight.get(bias)
         if launch is None:
             launch = self._grad_weight[bias] = self._launcher("grad_weight", bias)
-        if grad_output.stride() != self.output_strides:
-            grad_output = dense(grad_output, self.problem.format)
+        grad_output = self.dense_gradient(grad_output)
         if x.stride() != self.input_strides:
             x = dense(x, self.problem.format)
         grad_weight = self._allocate(self.weight_shape, self.weight_strides)
@@ -250,11 +252,14 @@ class Normalizing(Prepared):
     def forward_frozen(self, plan: dispatch.FrozenPlan, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return self.dense.forward_frozen(plan, dense(x, self.problem.format), weight, bias)
 
+    def dense_gradient(self, grad_output: Tensor) -> Tensor:
+        return dense(grad_output, self.problem.format)
+
     def grad_input(self, grad_output: Tensor, weight: Tensor) -> Tensor:
-        return self.dense.grad_input(dense(grad_output, self.problem.format), dense(weight, self.problem.weight_format))
+        return self.dense.grad_input(self.dense_gradient(grad_output), dense(weight, self.problem.weight_format))
 
     def grad_weight(self, x: Tensor, grad_output: Tensor, bias: bool) -> tuple[Tensor, Tensor | None]:
-        return self.dense.grad_weight(dense(x, self.problem.format), dense(grad_output, self.problem.format), bias)
+        return self.dense.grad_weight(dense(x, self.problem.format), self.dense_gradient(grad_output), bias)
 
 
 class Empty(Prepared):
@@ -268,6 +273,9 @@ class Empty(Prepared):
 
     def freeze(self, weight: Tensor, bias: Tensor | None) -> None:  # noqa: ARG002
         return None
+
+    def dense_gradient(self, grad_output: Tensor) -> Tensor:
+        return grad_output
 
     def grad_input(self, grad_output: Tensor, weight: Tensor) -> Tensor:  # noqa: ARG002
         return grad_output.new_zeros(self.input_shape)
