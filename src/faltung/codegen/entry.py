@@ -14,11 +14,13 @@ import numpy.typing as npt
 from .emit import Function, Module, Value
 from .threads import openmp_addresses
 
-__all__ = ["ENTRY_ARGUMENTS", "OPERANDS", "ArgumentBlock", "Task", "emit_entry"]
+__all__ = ["ENTRY_ARGUMENTS", "OPERANDS", "THREADS", "ArgumentBlock", "Task", "emit_entry"]
 
 OPERANDS = ("source", "other", "bias", "out")
 ENTRY_ARGUMENTS = 6
 _FIXED = ("gomp_parallel", "thread_number", "threads")
+THREADS = _FIXED.index("threads")
+"""Index of the number of threads in every argument block."""
 _CONTEXT = ("block", *OPERANDS, "workspace", "next")
 
 

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from ..problem import ConvProblem
 
-__all__ = ["Axis", "Phase", "Slab", "Tap", "axes", "padded_index"]
+__all__ = ["Axis", "Phase", "Slab", "Tap", "axes", "multiplications", "padded_index"]
 
 
 @dataclass(frozen=True)
@@ -192,3 +192,19 @@ def _slabs(offsets: list[int], step: int, tile: int) -> tuple[tuple[Slab, ...], 
                 placed[offset] = (len(slabs), (offset - run[0]) // step)
             slabs.append(Slab(run[0], (run[-1] - run[0]) // step))
     return tuple(slabs), placed
+
+
+def multiplications(problem: ConvProblem) -> int:
+    """Multiply-adds of the direct algorithm; taps in zero padding are none."""
+    if problem.padding_mode != "zeros":
+        return problem.flops() // 2
+    left, _, top, _ = problem.padding
+    rows = _taps_inside(problem.h, problem.p, problem.r, problem.stride[0], problem.dilation[0], top)
+    columns = _taps_inside(problem.w, problem.q, problem.s, problem.stride[1], problem.dilation[1], left)
+    return problem.n * problem.k * problem.cg * rows * columns
+
+
+def _taps_inside(size: int, outputs: int, taps: int, stride: int, dilation: int, before: int) -> int:
+    """Pairs of an output and a tap of one dimension that meet inside the image."""
+    places = np.arange(outputs)[:, None] * stride + np.arange(taps) * dilation - before
+    return int(((places >= 0) & (places < size)).sum())

@@ -10,11 +10,13 @@ import numpy as np
 import numpy.typing as npt
 
 from .. import config
-from ..codegen.entry import ENTRY_ARGUMENTS
+from ..codegen.entry import ENTRY_ARGUMENTS, THREADS
 from ..codegen.load import Kernel
 from ..problem import DTYPES, ConvProblem
 from .frozen import FrozenPlan, Packing
+from .machine import floor, predicted_seconds
 from .pages import LARGE_BYTES, ask_for_huge_pages
+from .target import host_target
 from .workspace import workspace
 
 __all__ = ["CpuPlan"]
@@ -73,4 +75,12 @@ class CpuPlan:
         return self if self.when_frozen is None else self.when_frozen()
 
     def describe(self) -> dict[str, Any]:
-        return {"kernel": self.kernel.name, "isa": self.kernel.target.isa, "workspace_bytes": self.workspace_bytes, **self._facts}
+        """What the plan says of itself; on the host also the time predicted, and the floor: what arithmetic or memory alone would take."""
+        facts = {"kernel": self.kernel.name, "isa": self.kernel.target.isa, "workspace_bytes": self.workspace_bytes, **self._facts}
+        if self.kernel.target.isa != host_target().isa:
+            return facts
+        threads = int(self.block[THREADS])
+        least = floor(self.problem, self.kernel.target, threads, facts.get("products"))
+        if "predicted_cycles" in facts:
+            facts["predicted_seconds"] = predicted_seconds(facts["predicted_cycles"], threads, least)
+        return {**facts, "floor_seconds": least.seconds, "floor_set_by": least.bound}

@@ -10,7 +10,18 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-__all__ = ["TARGETS", "Target", "host_target", "runnable_targets", "target", "use_target"]
+__all__ = ["TARGETS", "Rates", "Target", "host_target", "runnable_targets", "target", "use_target"]
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Rates of a machine relative to those that the cost models' constants were fitted on: bytes a cycle from the second-level cache, from beyond it
+    and from memory, and cycles to start threads.  Powers of two; see :mod:`faltung.cpu.machine`."""
+
+    near: float = 1.0
+    far: float = 1.0
+    memory: float = 1.0
+    fork: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -19,7 +30,7 @@ class Target:
 
     ``vector_bytes`` and ``registers`` describe the vector registers; ``fma`` a fused multiply-add, ``masks`` cheap masked memory
     access in every element width, ``half`` conversion instructions between float16 and float32, ``bfloat16_dot`` products of bfloat16 pairs added
-    to float32.  Cache sizes are bytes, one core's.
+    to float32.  Cache sizes are bytes, one core's.  ``rates`` scale the cost models; no choice that decides bits may look at them.
     """
 
     isa: str
@@ -34,6 +45,7 @@ class Target:
     bfloat16_dot: bool = False
     l1: int = 32 << 10
     l2: int = 1 << 20
+    rates: Rates = Rates()
 
     def lanes(self, element: str) -> int:
         """Elements of a compute type (``float`` or ``double``) in one vector."""
@@ -122,8 +134,12 @@ _override: list[Target] = []
 
 
 def target() -> Target:
-    """The target in force: the host's, or the one that :func:`use_target` set."""
-    return _override[-1] if _override else host_target()
+    """The target in force: the host with its measured rates, or the one that :func:`use_target` set."""
+    if _override:
+        return _override[-1]
+    from .machine import calibrated
+
+    return calibrated()
 
 
 @contextmanager

@@ -13,8 +13,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +23,7 @@ from .. import choices, config, dispatch
 from ..dispatch import Decision, Implementation, Plan, Unsupported
 from ..problem import DTYPES, ConvProblem
 from . import target as targets
+from .machine import processor, versions
 
 __all__ = ["Choice", "Measured", "clear", "decide", "lookup", "remember", "tune"]
 
@@ -68,29 +67,9 @@ class Measured:
     failure: str = ""
 
 
-@lru_cache(maxsize=1)
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return "unknown"
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
-
-
-@lru_cache(maxsize=1)
-def _versions() -> str:
-    found = []
-    for package in ("faltung", "llvmlite"):
-        try:
-            found.append(f"{package} {metadata.version(package)}")
-        except metadata.PackageNotFoundError:
-            found.append(package)
-    return " ".join(found)
-
-
 def store_path() -> Path | None:
     """The file of this machine's choices, or None where nothing can be kept on disk."""
-    return choices.store_path("cpu", f"{_processor()} {targets.target()} {_versions()} format {_FORMAT}")
+    return choices.store_path("cpu", f"{processor()} {targets.target()} {versions()} format {_FORMAT}")
 
 
 _store = choices.ChoiceStore(store_path)
