@@ -248,13 +248,22 @@ def test_rows_read_from_memory(width: int) -> None:
                 check_exact(problem)
 
 
+@pytest.mark.parametrize("sizes", ["c90h5w9k90r3s3 st2 p1 g90", "c70h6w23k70r5s5 st2 p2 g70", "c512h4w17k512r3s3 p1 g512", "c150h7w7k150r3s5 st1x2 p1x2 g150"])
+def test_vectors_abreast(sizes: str) -> None:
+    """Blocks of several vectors of channels: with single ones and a partial one behind them."""
+    for dtype in ("f32", "f64", "bf16", "f16"):
+        for problem in variants((f"n1{sizes} bias",), (dtype,), ("zeros",)):
+            if problem.format == "nhwc" and problem.direction == "forward":
+                check_exact(problem)
+
+
 @pytest.mark.parametrize("count", range(1, 40))
 @pytest.mark.parametrize("columns", [2, 3, 5, 7])
-@pytest.mark.parametrize("step", [1, 2])
-def test_blocks_reach_one_end_each(step: int, columns: int, count: int) -> None:
+@pytest.mark.parametrize(("step", "abreast"), [(1, 1), (2, 1), (1, 4), (2, 4), (2, 2)])
+def test_blocks_reach_one_end_each(step: int, abreast: int, columns: int, count: int) -> None:
     target, reach = TARGETS["avx512"], Reach(columns, columns // 2, columns // 2, True)
     left, right = reach.pixels(step)
-    block = block_pixels(target, count, columns, lambda size: reach.fits(target, count, size, step))
+    block = block_pixels(target, count, columns, lambda size: reach.fits(target, count, size, step), abreast)
     if block in (0, count):
         return
     assert left <= block <= count - right, "the first block"

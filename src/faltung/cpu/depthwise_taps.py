@@ -54,13 +54,13 @@ class Reach:
         return count - block >= max(left, right) and (count <= 2 * block or count - block >= left + right)
 
 
-def block_pixels(target: Target, pixels: int, columns: int, fits: Callable[[int], bool] = lambda _: True) -> int:
+def block_pixels(target: Target, pixels: int, columns: int, fits: Callable[[int], bool] = lambda _: True, abreast: int = 1) -> int:
     """Pixels of a register block: the least work for a row of ``pixels``, where the last block overlaps the one before it; 0 where none fits.
 
-    A block needs a register for each pixel, one for each weight and one or two for a pixel's input.
+    A block needs a register for each pixel, one for each weight and one or two for a pixel's input; pixels' and weights' are ``abreast`` vectors.
     """
     taps = together(target, columns)
-    most = target.registers - taps - (2 if target.fma else 3)
+    most = (target.registers - taps * abreast - (2 if target.fma else 3)) // abreast
     most = max(1, min(most, 20, pixels))
 
     def cost(block: int) -> tuple[float, int]:
@@ -69,7 +69,7 @@ def block_pixels(target: Target, pixels: int, columns: int, fits: Callable[[int]
     return min((block for block in range(1, most + 1) if fits(block)), key=cost, default=0)
 
 
-def emit_taps(module: Module, lanes: Lanes, reach: Reach, step: int, spacing: int, block: int, bias: bool, prefetch: bool) -> Function:
+def emit_taps(module: Module, lanes: Lanes, reach: Reach, step: int, spacing: int, block: int, bias: bool, prefetch: bool, abreast: int = 1) -> Function:
     """Emit ``taps_s{reach}``: ``out[q] = bias + sum over residues, rows low..high, columns of source[row][q * step + s * spacing] * weight``.
 
     Loop nest: blocks of pixels, vectors of channels, residues, kernel rows, groups of column taps; the block's accumulators stay in registers.
@@ -87,8 +87,8 @@ def emit_taps(module: Module, lanes: Lanes, reach: Reach, step: int, spacing: in
     def pixels(q: Value, count: int, left: int = 0, right: int = 0) -> None:
         last = (count - 1) * step + (columns - 1) * spacing - right
 
-        def vector(v: Value, x: Value, w: Value, out: Value, mask: Value | None = None) -> list[Value]:
-            cells = _Cells(f, lanes, step, spacing, left, last, reach.whole, mask)
+        def vector(v: Value, x: Value, w: Value, out: Value, mask: Value | None = None, wide: int = 1) -> list[Value]:
+            cells = _Cells(f, lanes, step, spacing, left, last, reach.whole, mask, wide)
 
             def residue(_: Value, x: Value, w: Value, *sums: Value) -> list[Value]:
                 def row(_: Value, ring: Value, w: Value, *sums: Value) -> list[Value]:
@@ -99,27 +99,33 @@ def emit_taps(module: Module, lanes: Lanes, reach: Reach, step: int, spacing: in
                 return [x + f["residue_plane"], w + f["residue_weights"], *after]
 
             if prefetch and count > 1:
-                _ask_ahead(f, x, step, count * step)
-            start = f.load(f["bias"] + v * entry, numeric.vector) if bias else f.zero(numeric.vector)
-            sums: Sequence[Value] = [start] * count
+                _ask_ahead(f, x, step, count * step, wide)
+            starts = [f.load(f["bias"] + v * entry + i * entry, numeric.vector) if bias else f.zero(numeric.vector) for i in range(wide)]
+            sums: Sequence[Value] = starts * count
             if columns and lanes.kind == "strided":
                 sums = f.loop(0, f["residues"], 1, residue, [x, w, *sums])[2:]
             elif columns:
                 sums = residue(f.value(0), x, w, *sums)[2:]
-            _store(f, lanes, sums, out, None if reach.whole else f["lanes_left"] - v * numeric.lanes, mask)
-            return [x + vector_bytes, w + f["vector_weights"], out + numeric.lanes * numeric.memory_bytes]
+            _store(f, lanes, sums, out, None if reach.whole else f["lanes_left"] - v * numeric.lanes, mask, wide)
+            return [x + wide * vector_bytes, w + wide * f["vector_weights"], out + wide * numeric.lanes * numeric.memory_bytes]
 
         first = [f["source"] + q * step * lanes.pixel(f), weights0, f["out"] + q * f["out_step"]]
         if lanes.format == "nchw":
             vector(f.value(0), *first)
-        elif reach.whole and lanes.tail:
-            full = f.minimum(f["vectors"], f["lanes_left"] // numeric.lanes)
-            rest = f.loop(0, full, 1, vector, first)
+            return
+        full, rest = f["vectors"], first
+        if reach.whole and lanes.tail:
+            full = f.minimum(full, f["lanes_left"] // numeric.lanes)
+        if abreast > 1:
+            pairs = full // abreast * abreast
+            rest = f.loop(0, pairs, abreast, lambda v, x, w, out: vector(v, x, w, out, wide=abreast), rest)
+            rest = f.loop(pairs, full, 1, vector, rest)
+        else:
+            rest = f.loop(0, full, 1, vector, rest)
+        if reach.whole and lanes.tail:
             with f.when(full < f["vectors"]):
                 x, w, out = rest
                 vector(full, x, w, out, f.lane_mask(f["lanes_left"] - full * numeric.lanes, numeric.lanes))
-        else:
-            f.loop(0, f["vectors"], 1, vector, first)
 
     def blocks() -> None:
         f.loop(0, f["n"], block, lambda q: pixels(f.minimum(q, f["n"] - block), block))
@@ -149,19 +155,22 @@ def emit_taps(module: Module, lanes: Lanes, reach: Reach, step: int, spacing: in
     return f
 
 
-def _ask_ahead(f: Function, x: Value, rows: int, entries: int) -> None:
-    """Prefetch ``entries`` of each row that the next output row reads and this one does not."""
+def _ask_ahead(f: Function, x: Value, rows: int, entries: int, wide: int) -> None:
+    """Prefetch ``entries``, ``wide`` vectors of each, of each row that the next output row reads and this one does not."""
     new = f["ring"] + (f.maximum(f["high"], 1) - 1) * f["ring_step"] + 8
-    for i in range(rows):
-        ahead = x + f.load(new + 8 * i)
+    for row in range(rows):
+        ahead = x + f.load(new + 8 * row)
         for _ in range(entries):
-            f.prefetch(ahead)
+            for i in range(wide):
+                f.prefetch(ahead + i * 64)
             ahead = ahead + f["pixel"]
 
 
 @dataclass(frozen=True)
 class _Cells:
-    """A block of pixels over a row of entries, of which those from ``first`` to ``last`` exist; the others are zeros.  ``mask``: lanes that exist."""
+    """A block of pixels over a row of entries, of which those from ``first`` to ``last`` exist; the others are zeros.  ``mask``: lanes that exist.
+
+    ``wide``: neighbouring vectors of channels of each pixel; sums are ``[pixel][vector]``."""
 
     f: Function
     lanes: Lanes
@@ -171,6 +180,7 @@ class _Cells:
     last: int
     memory: bool
     mask: Value | None
+    wide: int = 1
 
     def row(self, x: Value, w: Value, sums: Sequence[Value], columns: int) -> list[Value]:
         """One kernel row: groups of column taps in a loop, the remaining taps behind it."""
@@ -196,9 +206,10 @@ class _Cells:
         """
         f, numeric, entry = self.f, self.lanes.numeric, self.lanes.entry_bytes
         result = list(sums)
-        weights = [f.load(w + s * entry, numeric.vector) for s in range(taps)]
+        wide, vector_bytes = self.wide, numeric.lanes * numeric.memory_bytes if self.memory else entry
+        weights = [[f.load(w + (f["vector_weights"] * i if i else 0) + s * entry, numeric.vector) for i in range(wide)] for s in range(taps)]
         uses: dict[int, list[tuple[int, int]]] = {}
-        for q in range(len(result)):
+        for q in range(len(result) // wide):
             for s in range(taps):
                 uses.setdefault(q * self.step + s * self.spacing, []).append((q, s))
         before = 0
@@ -207,22 +218,25 @@ class _Cells:
                 continue
             x = x + (position - before) * self.lanes.pixel(f)
             before = position
-            value = numeric.load(f, x, numeric.lanes, self.mask) if self.memory else f.load(x, numeric.vector)
-            for q, s in uses[position]:
-                result[q] = f.fma(value, weights[s], result[q], numeric.target.fma)
+            for i in range(wide):
+                at = x + i * vector_bytes if i else x
+                value = numeric.load(f, at, numeric.lanes, self.mask) if self.memory else f.load(at, numeric.vector)
+                for q, s in uses[position]:
+                    result[q * wide + i] = f.fma(value, weights[s][i], result[q * wide + i], numeric.target.fma)
         return result
 
 
-def _store(f: Function, lanes: Lanes, sums: Sequence[Value], target: Value, lanes_left: Value | None, mask: Value | None) -> None:
+def _store(f: Function, lanes: Lanes, sums: Sequence[Value], target: Value, lanes_left: Value | None, mask: Value | None, wide: int) -> None:
     """To nhwc memory in its type, under a mask for the last vector (where ``lanes_left`` is given, under one of its own); to the scratch row of nchw as
     they are."""
     numeric = lanes.numeric
 
     def each(write: Callable[[Value, Value], None]) -> None:
         at = target
-        for i, value in enumerate(sums):
-            write(value, at)
-            if i + 1 < len(sums):
+        for i in range(0, len(sums), wide):
+            for j in range(wide):
+                write(sums[i + j], at + j * (numeric.lanes * numeric.memory_bytes) if j else at)
+            if i + wide < len(sums):
                 at = at + f["out_step"]
 
     def to_memory(mask: Value | None) -> None:
