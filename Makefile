@@ -32,10 +32,10 @@ test: $(VENV)/.test
 
 bench: $(VENV)/.bench
 	$(BIN)/faltung bench $(BENCH_ARGS) --csv benchmarks/results/cpu.csv
-	$(BIN)/python -m faltung.bench.report benchmarks/results/cpu.csv --readme README.md --docs docs/benchmarks.md --plots docs/assets
+	$(BIN)/python -m faltung.bench.report $(wildcard benchmarks/results/cpu*.csv) --readme README.md --docs docs/benchmarks.md --plots docs/assets
 
 report: $(VENV)/.bench
-	$(BIN)/python -m faltung.bench.report benchmarks/results/cpu.csv --readme README.md --docs docs/benchmarks.md --plots docs/assets
+	$(BIN)/python -m faltung.bench.report $(wildcard benchmarks/results/cpu*.csv) --readme README.md --docs docs/benchmarks.md --plots docs/assets
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

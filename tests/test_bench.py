@@ -19,6 +19,7 @@ from faltung.bench import contenders, report
 from faltung.bench.check import LIMITS, Truth, bound_of, error_of, truth_of
 from faltung.bench.contenders import Contender, ours, stock, stock_call
 from faltung.bench.operands import TORCH_DTYPES, Operands, make_operands
+from faltung.bench.peers import FROZEN, make_peers
 from faltung.bench.rows import Environment, Row, read_csv, write_csv
 from faltung.bench.runner import comparisons, run_case
 from faltung.bench.suites import expand, load_suite, parse_layer, record, resolve, suite_names
@@ -170,11 +171,25 @@ def test_bound_is_the_limit_or_twice_the_error_of_stock():
     assert bound_of(problem, math.inf) == 1e-5
 
 
-def test_reference_of_a_huge_problem_is_stock_and_says_so(monkeypatch):
+def test_frozen_weights_stand_beside_the_peers():
+    operands = {"nhwc": make_operands(ConvProblem.parse("n2c16h9w9k32r3s3 st2 p1 bias")).to("nhwc")}
+    (frozen,) = make_peers(operands, ("onnxruntime",))  # which runs in NCHW alone
+    assert (frozen.provider, frozen.format) == (FROZEN, "nhwc")
+    assert error_of(frozen.call(), truth_of(operands["nhwc"])) < 1e-6
+    assert list(make_peers(operands, ())) == []
+
+
+def test_all_means_every_network_with_each_layer_once():
+    layers = resolve(["all"])
+    assert len(layers) >= 250
+    assert len({str(replace(layer.problem, n=1)) for layer in layers}) == len(layers)
+    assert {layer.suite for layer in layers} >= {"vgg16", "resnet50", "unet", "replknet31b"}
+
+
+def test_reference_of_a_huge_problem_is_stock_and_says_so():
     operands = make_operands(ConvProblem.parse(SMALL))
     assert truth_of(operands).source == "float64"
-    monkeypatch.setattr("faltung.bench.check._REFERENCE_SECONDS", 0.0)
-    truth = truth_of(operands)
+    truth = truth_of(operands, 0.0)
     assert truth.source == "stock"
     assert error_of(stock_call(operands)(), truth) == 0.0
 
@@ -307,13 +322,29 @@ def test_report_replaces_the_marked_part_and_shows_losses(tmp_path):
     assert "| f32 8x64x56x56 to 64, 3x3 | 3.00x (2 ms) |" in text
     assert "](plots/ratios.png)" in text
     assert "| all | 1 | 3.00 | 0.50 | 0 |" in text
-    assert "Against onnxruntime 1.2.3, both in their best format: 2.00x on 1 rows, slower on 0." in text
+    assert "Forward against onnxruntime 1.2.3, each in its best format: 2.00x on 1 rows, slower on 0; least 2.00x." in text
+    assert "Forward against the best of these and stock PyTorch, each in its best format: 0.50x on 1 rows, slower on 1; least 0.50x." in text
     slower = [replace(row, median=0.01) if row.provider == "faltung" else row for row in make_rows()]
     assert "**0.60x (10 ms)**" in report.layer_grid(slower)[-1]
     for name in ("ratios.png", "roofline.png"):
         assert (tmp_path / "plots" / name).stat().st_size > 10_000
     with pytest.raises(ValueError, match="benchmark: begin"):
         report.insert(tmp_path / "rows.csv", "")
+
+
+def test_report_sums_up_the_other_suites(tmp_path):
+    document = tmp_path / "benchmarks.md"
+    document.write_text(f"{report.BEGIN}\n{report.END}\n")
+    slow = [replace(row, suite="unet", median=row.median * (2 if row.provider == "stock" else 8)) for row in make_rows()]
+    frozen = replace(slow[0], provider=FROZEN, median=0.001)
+    write_csv(tmp_path / "rows.csv", [*make_rows(), *slow, frozen])
+    report.report([tmp_path / "rows.csv"], readme=None, docs=document, plots=None, suite="baselines")
+    first, second = document.read_text().split("## Every network")
+    assert "| baselines | dense |" in first
+    assert "unet" not in first
+    assert "| unet | 1 | 0.75 |  |  |  |  |  | 1 |" in second
+    assert "| **0.75** | `forward f32 nchw n8c64h56w56k64r3s3 p1` | direct | 16 ms | 1e-07 |" in second
+    assert "stock PyTorch, each in its best format: 2.00x on 1 rows" in second  # of the frozen weights
 
 
 def test_documents_have_the_reports_markers():

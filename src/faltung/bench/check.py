@@ -12,12 +12,12 @@ from ..problem import ConvProblem
 from .contenders import stock_call
 from .operands import Operands
 
-__all__ = ["LIMITS", "Truth", "bound_of", "error_of", "truth_of"]
+__all__ = ["LIMITS", "REFERENCE_SECONDS", "Truth", "bound_of", "error_of", "truth_of"]
 
 LIMITS = {"f32": 1e-5, "f64": 1e-13, "bf16": 2**-7, "f16": 2**-10}
 """Largest relative error of a result, by element type: float32 leaves room for Winograd, the 16-bit types round once when they are stored."""
 
-_REFERENCE_SECONDS = 4.0
+REFERENCE_SECONDS = 4.0
 """A float64 reference estimated to take longer is replaced by stock PyTorch in float32 (float64 for float64)."""
 
 
@@ -29,12 +29,12 @@ class Truth:
     source: str
 
 
-def truth_of(operands: Operands) -> Truth:
-    """The result in float64 of operands that are first rounded to the problem's type."""
+def truth_of(operands: Operands, longest: float = REFERENCE_SECONDS) -> Truth:
+    """The result in float64 of operands that are first rounded to the problem's type; by stock PyTorch where that takes more than ``longest`` seconds."""
     problem = operands.problem
     # Stock float64 on one core: about 2 GFLOP/s for depthwise and grouped layers, 20 for dense ones.
     estimate = problem.flops() / (2e9 if problem.g > 1 else 2e10)
-    if estimate <= _REFERENCE_SECONDS:
+    if estimate <= longest:
         return Truth(stock_call(operands.astype(torch.float64))(), "float64")
     wide = torch.float64 if problem.dtype == "f64" else torch.float32
     return Truth(tuple(t.double() for t in stock_call(operands.astype(wide))()), "stock")

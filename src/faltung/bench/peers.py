@@ -1,6 +1,6 @@
 """Other engines' forward pass of one float32 layer, where their packages are installed: torch.compile, ONNX Runtime, OpenVINO.
 
-Each runs a model of that one layer with its weights frozen, on as many threads as PyTorch has.
+Each runs a model of that one layer with its weights frozen, on as many threads as PyTorch has.  So beside them stands faltung with frozen weights.
 """
 
 from __future__ import annotations
@@ -15,7 +15,10 @@ from ..problem import Format
 from .contenders import Contender
 from .operands import Operands, pad_stock
 
-__all__ = ["PEERS", "available", "make_peers"]
+__all__ = ["FROZEN", "PEERS", "available", "make_peers"]
+
+FROZEN = "frozen"
+"""The provider of rows of :func:`faltung.freeze`."""
 
 
 def available() -> tuple[str, ...]:
@@ -27,11 +30,13 @@ def available() -> tuple[str, ...]:
 def make_peers(operands: Mapping[Format, Operands], names: tuple[str, ...]) -> Iterator[Contender]:
     """The contenders of ``names`` for float32 forward problems; nothing for another direction, type or padding mode.
 
-    ``operands``: the same values in each format; torch.compile runs in every one of them, the others in NCHW.
+    ``operands``: the same values in each format; frozen faltung and torch.compile run in every one of them, the others in NCHW.
     """
     problem = next(iter(operands.values())).problem
     if problem.direction != "forward" or problem.dtype != "f32" or problem.padding_mode != "zeros":
         return
+    if names:
+        yield from map(_frozen, operands.values())
     for name in names:
         if name == "compile":
             for fmt, tensors in operands.items():
@@ -40,20 +45,38 @@ def make_peers(operands: Mapping[Format, Operands], names: tuple[str, ...]) -> I
             yield PEERS[name](operands["nchw"])
 
 
-def _compiled(operands: Operands) -> Callable[[], tuple[torch.Tensor, ...]]:
-    import torch._inductor.config as inductor
-
+def _layer(operands: Operands, kind: type[torch.nn.Conv2d]) -> tuple[torch.nn.Module, bool]:
+    """The layer in evaluation mode, and whether it pads by itself."""
     problem = operands.problem
     left, right, top, bottom = problem.padding
     plain = (left, top) == (right, bottom)
-    layer = torch.nn.Conv2d(
-        problem.c, problem.k, (problem.r, problem.s), problem.stride, (top, left) if plain else 0, problem.dilation, problem.g, operands.bias is not None
-    )
+    padding = (top, left) if plain else 0
+    layer = kind(problem.c, problem.k, (problem.r, problem.s), problem.stride, padding, problem.dilation, problem.g, operands.bias is not None)
     with torch.no_grad():
         layer.weight = torch.nn.Parameter(operands.weight)
         if operands.bias is not None:
             layer.bias = torch.nn.Parameter(operands.bias)
-    model: torch.nn.Module = layer.eval()
+    return layer.eval(), plain
+
+
+def _frozen(operands: Operands) -> Contender:
+    import faltung
+
+    layer, plain = _layer(operands, faltung.Conv2d)
+    faltung.freeze(layer)
+
+    def call() -> tuple[torch.Tensor, ...]:
+        with torch.no_grad():
+            return (layer(operands.x if plain else pad_stock(operands.x, operands.problem)),)
+
+    return Contender(FROZEN, operands.problem.format, call, "", faltung.__version__)
+
+
+def _compiled(operands: Operands) -> Callable[[], tuple[torch.Tensor, ...]]:
+    import torch._inductor.config as inductor
+
+    problem = operands.problem
+    model, plain = _layer(operands, torch.nn.Conv2d)
     torch._dynamo.reset()
     run = torch.compile(model if plain else lambda x: model(pad_stock(x, problem)))
     with inductor.patch(freezing=True), torch.no_grad():

@@ -14,11 +14,12 @@ from typing import Annotated
 import typer
 
 from ..problem import DIRECTIONS, FORMATS, ConvProblem
+from .peers import FROZEN
 from .rows import Row, read_csv
 from .runner import comparisons
 from .table import NOISE, geometric_mean, seconds
 
-__all__ = ["BEGIN", "END", "detail_table", "insert", "layer_grid", "summary_lines"]
+__all__ = ["BEGIN", "END", "detail_table", "insert", "layer_grid", "loss_table", "suite_table", "summary_lines"]
 
 BEGIN = "<!-- benchmark: begin (generated, see `make report`) -->"
 END = "<!-- benchmark: end -->"
@@ -29,7 +30,9 @@ _TITLES = {"forward": "forward", "grad_input": "input gradient", "grad_weight": 
 def report(
     files: Annotated[list[Path], typer.Argument(help="CSV files of `faltung bench`")],
     readme: Annotated[Path | None, typer.Option(help="document whose marked part becomes the table of one suite")] = None,
-    docs: Annotated[Path | None, typer.Option(help="document whose marked part becomes the table of every row")] = None,
+    docs: Annotated[
+        Path | None, typer.Option(help="document whose marked part becomes the table of every row of that suite, and a summary of the others")
+    ] = None,
     plots: Annotated[Path | None, typer.Option(help="folder for ratios.png and roofline.png")] = None,
     suite: Annotated[str, typer.Option(help="the suite of the README's table")] = "baselines",
 ) -> None:
@@ -39,7 +42,12 @@ def report(
         chosen = [row for row in rows if row.suite == suite] or rows
         insert(readme, "\n".join([*summary_lines(chosen), "", *layer_grid(chosen), *_pictures(readme, plots)]))
     if docs is not None:
-        insert(docs, "\n".join([*summary_lines(rows), *_pictures(docs, plots), "", *detail_table(rows)]))
+        chosen = [row for row in rows if row.suite == suite] or rows
+        rest = [row for row in rows if row.suite != suite] if len(chosen) < len(rows) else []
+        parts = [*summary_lines(chosen), *_pictures(docs, plots), "", *detail_table(chosen)]
+        if rest:
+            parts += ["", "## Every network", "", *summary_lines(rest), "", *suite_table(rest), "", "### Slower than PyTorch", "", *loss_table(rest)]
+        insert(docs, "\n".join(parts))
     if plots is not None:
         from .plots import ratios, roofline
 
@@ -92,18 +100,55 @@ def _summary_line(name: str, ratios: Sequence[tuple[float, float]]) -> str:
 
 
 def _peer_lines(rows: Sequence[Row]) -> list[str]:
-    best: dict[tuple[str, str], float] = {}
+    """Forward against each peer, and against the best of all; on each side the better format, on ours with frozen weights where that is faster."""
+    best: dict[str, dict[str, float]] = {}
     for row in rows:
         if row.status == "ok":
-            best[row.provider, row.key] = min(row.median, best.get((row.provider, row.key), math.inf))
+            times = best.setdefault(row.key, {})
+            provider = "faltung" if row.provider == FROZEN else row.provider
+            times[provider] = min(row.median, times.get(provider, math.inf))
+    peers = sorted({row.provider for row in rows} - {"faltung", FROZEN, "stock"})
     lines = []
-    for peer in sorted({row.provider for row in rows} - {"faltung", "stock"}):
-        ratios = [time / best["faltung", key] for (provider, key), time in best.items() if provider == peer and ("faltung", key) in best]
+    for peer in peers:
         version = next(row.provider_version for row in rows if row.provider == peer)
-        if ratios:
-            slower = sum(ratio < NOISE for ratio in ratios)
-            lines.append(f"Against {peer} {version}, both in their best format: {geometric_mean(ratios):.2f}x on {len(ratios)} rows, slower on {slower}.")
-    return ["", *lines] if lines else []
+        lines += _peer_line(f"{peer} {version}", [times[peer] / times["faltung"] for times in best.values() if {peer, "faltung"} <= set(times)])
+    compared = [times for times in best.values() if "faltung" in times and set(times) & set(peers)]
+    rivals = [min(time for name, time in times.items() if name != "faltung") / times["faltung"] for times in compared]
+    return lines + _peer_line("the best of these and stock PyTorch", rivals)
+
+
+def _peer_line(name: str, ratios: Sequence[float]) -> list[str]:
+    if not ratios:
+        return []
+    slower = sum(ratio < NOISE for ratio in ratios)
+    return [
+        "",
+        f"Forward against {name}, each in its best format: {geometric_mean(ratios):.2f}x on {len(ratios)} rows, slower on {slower}; least {min(ratios):.2f}x.",
+    ]
+
+
+def suite_table(rows: Sequence[Row]) -> list[str]:
+    """A Markdown table with a line for each suite: geometric means in the same format by direction, and the number of slower rows."""
+    headings = [f"{_TITLES[direction]}, {fmt.upper()}" for direction in DIRECTIONS for fmt in FORMATS]
+    lines = ["| suite | rows | " + " | ".join(headings) + " | slower |", "|---" * (len(headings) + 3) + "|"]
+    compared = [(row, same) for row, same, _ in comparisons(rows) if row.status == "ok" and math.isfinite(same)]
+    for suite in dict.fromkeys(row.suite for row, _ in compared):
+        own = [(row, same) for row, same in compared if row.suite == suite]
+        means = [geometric_mean([same for row, same in own if (row.direction, row.format) == (d, f)]) for d in DIRECTIONS for f in FORMATS]
+        cells = ["" if math.isnan(mean) else f"{mean:.2f}" for mean in means]
+        lines.append(f"| {suite} | {len(own)} | " + " | ".join(cells) + f" | {sum(same < NOISE for _, same in own)} |")
+    return lines
+
+
+def loss_table(rows: Sequence[Row]) -> list[str]:
+    """A Markdown table of the rows that are slower than stock PyTorch in the same format, the slowest first."""
+    losses = [(same, row) for row, same, _ in comparisons(rows) if row.status == "ok" and same < NOISE]
+    if not losses:
+        return ["No row is slower than stock PyTorch in the same format."]
+    lines = ["| x stock | problem | by | time | error |", "|---|---|---|---|---|"]
+    for same, row in sorted(losses, key=lambda loss: loss[0]):
+        lines.append(f"| **{same:.2f}** | `{row.problem.removesuffix(' wnhwc')}` | {row.implementation} | {seconds(row.median)} | {row.error:.0e} |")
+    return lines
 
 
 def layer_grid(rows: Sequence[Row]) -> list[str]:

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from ..dispatch import Unsupported
 from ..problem import FORMATS
 from . import contenders
-from .check import Truth, bound_of, error_of, truth_of
+from .check import REFERENCE_SECONDS, Truth, bound_of, error_of, truth_of
 from .contenders import Contender, stock
 from .operands import Operands, make_operands
 from .peers import make_peers
@@ -24,22 +24,36 @@ Ours = Callable[[Operands], Contender]
 
 
 def run(
-    cases: Iterable[Case], environment: Environment, *, budget: float = 0.3, peers: tuple[str, ...] = (), make_ours: Ours | None = None
+    cases: Iterable[Case],
+    environment: Environment,
+    *,
+    budget: float = 0.3,
+    peers: tuple[str, ...] = (),
+    make_ours: Ours | None = None,
+    reference: float = REFERENCE_SECONDS,
 ) -> Iterator[list[Row]]:
     """The rows of one case after another; see :func:`run_case`."""
     for case in cases:
-        yield run_case(case, environment, budget=budget, peers=peers, make_ours=make_ours)
+        yield run_case(case, environment, budget=budget, peers=peers, make_ours=make_ours, reference=reference)
         gc.collect()
 
 
-def run_case(case: Case, environment: Environment, *, budget: float = 0.3, peers: tuple[str, ...] = (), make_ours: Ours | None = None) -> list[Row]:
+def run_case(
+    case: Case,
+    environment: Environment,
+    *,
+    budget: float = 0.3,
+    peers: tuple[str, ...] = (),
+    make_ours: Ours | None = None,
+    reference: float = REFERENCE_SECONDS,
+) -> list[Row]:
     """One layer in one direction and type: faltung in the case's formats, stock in both, and ``peers``.
 
     Every result is compared with the truth just before it is timed; one that is outside its bound gets a row without a time.  ``budget``: seconds
-    of measuring for each contender.
+    of measuring for each contender; ``reference``: of computing the truth in float64, see :func:`truth_of`.
     """
     row_major = make_operands(case.problem)
-    truth = truth_of(row_major)
+    truth = truth_of(row_major, reference)
     operands = {fmt: row_major.to(fmt) for fmt in FORMATS}
     columns = [_or_refused(make_ours or contenders.ours, operands[fmt]) for fmt in case.formats]
     columns += [stock(operands[fmt]) for fmt in FORMATS]

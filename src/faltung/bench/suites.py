@@ -20,7 +20,11 @@ if TYPE_CHECKING:
 
     import torch
 
-__all__ = ["Case", "Layer", "expand", "load_suite", "parse_layer", "record", "resolve", "suite_names"]
+__all__ = ["EVERY", "Case", "Layer", "expand", "load_suite", "parse_layer", "record", "resolve", "suite_names"]
+
+
+EVERY = "all"
+"""The name for the layers of all suites."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,7 @@ def parse_layer(line: str, suite: str = "") -> Layer:
 
 
 def resolve(names: Iterable[str]) -> list[Layer]:
-    """The layers that the command line asks for: suites by name, problem strings, torchvision models by name, in this order of trial.
+    """The layers that the command line asks for: suites by name, ``all`` of them, problem strings, torchvision models by name, in this order of trial.
 
     Raises ValueError for a text that is none of them.
     """
@@ -80,6 +84,8 @@ def resolve(names: Iterable[str]) -> list[Layer]:
     for name in names:
         if name in suite_names():
             layers += load_suite(name)
+        elif name == EVERY:
+            layers += _every_layer()
         elif re.search(r"\bn\d+c\d+h\d+w\d+k\d+r\d+s\d+\b", name):
             layers.append(_layer("command line", "problem", 1, name))
         else:
@@ -153,6 +159,16 @@ def _problem_of(module: torch.nn.Conv2d, x: torch.Tensor) -> ConvProblem:
         n, c, h, w, module.out_channels, r, s, (module.stride[0], module.stride[1]), padding, dilation, module.groups,
         padding_mode=module.padding_mode, epilogue=Epilogue(bias=module.bias is not None),
     )  # fmt: skip
+
+
+def _every_layer() -> list[Layer]:
+    """The layers of every network's suite; what several networks have, once, under the first one's name."""
+    found: dict[str, Layer] = {}
+    for suite in suite_names():
+        if suite not in ("baselines", "quick"):  # made for other ends, of layers that most networks have
+            for layer in load_suite(suite):
+                found.setdefault(str(replace(layer.problem, n=1)), layer)
+    return list(found.values())
 
 
 def _torchvision_layers(name: str) -> list[Layer]:

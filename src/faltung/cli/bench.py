@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
@@ -20,12 +21,15 @@ __all__ = ["bench", "measure"]
 
 T = TypeVar("T", bound=str)
 
+_WRITE_SECONDS = 5.0
 QUICK_BUDGET = 0.08
 """Seconds of measuring for each contender of ``--quick``: ten rows of three contenders stay well under 20 s."""
 
 
 def bench(
-    names: Annotated[list[str] | None, typer.Argument(help="suites, problem strings, or torchvision models by name", show_default=False)] = None,
+    names: Annotated[
+        list[str] | None, typer.Argument(help="suites (all: the layers of every network), problem strings, or torchvision models by name", show_default=False)
+    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="ten rows in a few seconds")] = False,
     listing: Annotated[bool, typer.Option("--list", help="name the suites and stop")] = False,
     direction: Annotated[list[str] | None, typer.Option(help=f"one or more of {', '.join(DIRECTIONS)}; all where left out", show_default=False)] = None,
@@ -35,6 +39,7 @@ def bench(
     peers: Annotated[str, typer.Option(help="compile, onnxruntime, openvino, or all; forward float32 only", show_default=False)] = "",
     threads: Annotated[int | None, typer.Option(help="threads of every engine; PyTorch's own number where left out", min=1, show_default=False)] = None,
     budget: Annotated[float, typer.Option(help="seconds of measuring for each contender of a row", min=0.0)] = 0.3,
+    reference: Annotated[float, typer.Option(help="longest estimated time of a float64 reference; beyond it stock PyTorch's result stands in", min=0.0)] = 4.0,
     csv: Annotated[Path | None, typer.Option(help="file for the rows", show_default=False)] = None,
 ) -> None:
     """Time layers on faltung and on PyTorch, in turns in one process, after checking each result.
@@ -62,7 +67,7 @@ def bench(
         chosen = _peers(peers)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
-    rows = measure(cases, threads=threads, budget=budget, peers=chosen, csv=csv)
+    rows = measure(cases, threads=threads, budget=budget, peers=chosen, csv=csv, reference=reference)
     show(console, rows)
     if csv is not None:
         console.print(f"{len(rows)} rows written to {csv}")
@@ -70,8 +75,16 @@ def bench(
         raise typer.Exit(1)
 
 
-def measure(cases: Sequence[Case], *, threads: int | None = None, budget: float = 0.3, peers: tuple[str, ...] = (), csv: Path | None = None) -> list[Row]:
-    """The rows of ``cases`` behind a progress bar; what is there already is in ``csv`` after each case, so an interrupted run keeps its rows."""
+def measure(
+    cases: Sequence[Case],
+    *,
+    threads: int | None = None,
+    budget: float = 0.3,
+    peers: tuple[str, ...] = (),
+    csv: Path | None = None,
+    reference: float = 4.0,
+) -> list[Row]:
+    """The rows of ``cases`` behind a progress bar; ``csv`` is written every few seconds, so an interrupted run keeps its rows."""
     import torch
 
     from ..bench.rows import environment, write_csv
@@ -80,16 +93,20 @@ def measure(cases: Sequence[Case], *, threads: int | None = None, budget: float 
     if threads is not None:
         torch.set_num_threads(threads)
     rows: list[Row] = []
+    written = 0.0
     bar = Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=Console(stderr=True), transient=True
     )  # fmt: skip
     with bar:
         task = bar.add_task("measuring", total=len(cases))
-        for case, found in zip(cases, run(cases, environment(), budget=budget, peers=peers)):
+        for case, found in zip(cases, run(cases, environment(), budget=budget, peers=peers, reference=reference)):
             rows += found
-            if csv is not None:
+            if csv is not None and (len(rows) == len(found) or time.monotonic() - written > _WRITE_SECONDS):
                 write_csv(csv, rows)
+                written = time.monotonic()
             bar.update(task, advance=1, description=f"{case.layer.name} {case.problem.direction} {case.problem.dtype}")
+    if csv is not None:
+        write_csv(csv, rows)
     return rows
 
 
