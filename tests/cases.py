@@ -94,6 +94,8 @@ CASES: dict[str, tuple[str, ...]] = {
         "n1c2h7w7k3r3s2 d64x128 p64",
         "n1c2h20w20k3r2s2 d19",  # one output
         "n1c2h4w300k3r1s2 d1x256",
+        "n1c17h11w19k16r3s3 d2 p2",
+        "n2c16h7w6k18r3s3 d3x9 p3x9",  # a residue for every column
     ),
     "padding": (
         "n1c3h6w7k4r3s3 p1,0,0,0",
@@ -185,6 +187,7 @@ TARGET_CASES: tuple[str, ...] = (
     "n1c9h6w19k9r3s3 p1 g9",
     "n1c5h9w10k10r5s5 p2 g5 st2",
     "n1c18h7w9k17r3s3 p1",
+    "n1c17h9w14k18r3s3 p2 d2",
     "n1c16h6w7k16r3s3 p1 g8",
 )
 """What is run on every instruction set of the machine: one problem for every way through the generators."""

@@ -18,8 +18,9 @@ def _zero_padded(p: ConvProblem) -> bool:
 
 
 def _winograd(p: ConvProblem) -> bool:
-    dense_3x3 = (p.r, p.s, p.stride, p.dilation, p.g) == (3, 3, (1, 1), (1, 1), 1)
-    return p.dtype == "f32" and dense_3x3 and min(p.c, p.k) >= 16 and _zero_padded(p)
+    dense_3x3 = (p.r, p.s, p.stride, p.g) == (3, 3, (1, 1), 1)
+    dilation = p.dilation == (1, 1) if p.direction == "grad_weight" else max(p.dilation) <= 64
+    return p.dtype == "f32" and dense_3x3 and dilation and min(p.c, p.k) >= 16 and _zero_padded(p)
 
 
 TAKES: dict[str, Predicate] = {

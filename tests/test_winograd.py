@@ -15,7 +15,8 @@ from faltung import config, dispatch
 from faltung.cpu import target as targets
 from faltung.cpu import winograd, winograd_tiling
 from faltung.cpu.winograd_transform import ERROR_LIMIT, F2, F4, Algorithm, reduction_piece
-from faltung.problem import ConvProblem, Epilogue
+from faltung.cpu.winograd_weight import WINOGRAD_WEIGHT
+from faltung.problem import PADDING_MODES, ConvProblem, Epilogue
 
 CANARY = 12345.678
 MARGIN = 64
@@ -34,7 +35,7 @@ def oracle(problem: ConvProblem, x: torch.Tensor, w: torch.Tensor, b: torch.Tens
     mode = "constant" if problem.padding_mode == "zeros" else problem.padding_mode
     x = x.double().requires_grad_()
     bias = b.double() if problem.epilogue.bias else None
-    y = F.conv2d(F.pad(x, problem.padding, mode=mode), w.double(), bias)
+    y = F.conv2d(F.pad(x, problem.padding, mode=mode), w.double(), bias, problem.stride, 0, problem.dilation)
     if problem.direction == "forward":
         return y.detach()
     return torch.autograd.grad(y, x, gy.double())[0]
@@ -119,10 +120,29 @@ def test_padding(mode: str, padding: str, memory_format: str) -> None:
         check(replace(problem, direction="grad_input", epilogue=Epilogue()), F4)
 
 
+@pytest.mark.parametrize("direction", ["forward", "grad_input"])
+@pytest.mark.parametrize("memory_format", ["nchw", "nhwc"])
+@pytest.mark.parametrize("algorithm", list(ALGORITHMS))
+def test_dilation(algorithm: str, memory_format: str, direction: str) -> None:
+    """Residues of equal and unequal sizes, more of them than a strip has tiles, and more than there are outputs."""
+    for sizes in (
+        "n2c16h16w16k17r3s3 p2 d2", "n1c17h15w37k16r3s3 p2 d2 bias", "n1c16h9w70k16r3s3 p3 d3", "n2c16h11w13k20r3s3 p4 d1x4", "n1c16h21w8k16r3s3 p5x1 d5x1",
+        "n1c18h40w41k16r3s3 p18 d18", "n2c16h5w6k16r3s3 p7 d7", "n1c16h3w90k16r3s3 p64 d64", "n1c16h19w45k16r3s3 d4x20 p1,3,0,2",
+    ):  # fmt: skip
+        check(with_direction(f"{memory_format} {sizes}", direction), ALGORITHMS[algorithm])
+
+
+@pytest.mark.parametrize("memory_format", ["nchw", "nhwc"])
+@pytest.mark.parametrize("mode", PADDING_MODES)
+def test_dilation_in_every_padding_mode(mode: str, memory_format: str) -> None:
+    check(ConvProblem.parse(f"{memory_format} n2c16h10w19k16r3s3 p3,4,2,5 d3x2 {mode} bias"), F4)
+
+
 @pytest.mark.parametrize("memory_format", ["nchw", "nhwc"])
 @pytest.mark.parametrize("algorithm", list(ALGORITHMS))
 def test_every_configuration_gives_the_same_bits(algorithm: str, memory_format: str) -> None:
     check(ConvProblem.parse(f"{memory_format} n3c144h14w14k160r3s3 p1 bias"), ALGORITHMS[algorithm], every=True)
+    check(ConvProblem.parse(f"{memory_format} n2c80h14w26k160r3s3 p3 d3 bias"), ALGORITHMS[algorithm], every=True)
 
 
 @pytest.mark.parametrize("isa", targets.runnable_targets())
@@ -133,6 +153,7 @@ def test_targets(memory_format: str, isa: str) -> None:
             for direction in ("forward", "grad_input"):
                 check(with_direction(f"{memory_format} n2c21h13w18k35r3s3 p1 bias", direction), algorithm)
                 check(with_direction(f"{memory_format} wnhwc n1c16h6w19k48r3s3 p1 bias", direction), algorithm)
+                check(with_direction(f"{memory_format} n1c17h11w23k33r3s3 p2 d2 bias", direction), algorithm)
 
 
 def test_neon_is_generated() -> None:
@@ -219,7 +240,9 @@ def test_refusals_name_their_reason() -> None:
 
     base = "n8c64h56w56k64r3s3 p1"
     assert "stride" in reason(base + " st2")
-    assert "dilation" in reason(base + " d2")
+    assert "dilation" in reason(base + " p65 d65")
+    with pytest.raises(dispatch.Unsupported, match="dilation 1 only"):
+        WINOGRAD_WEIGHT.plan(ConvProblem.parse(base + " p2 d2 grad_weight"), 2)
     assert "group" in reason(base + " g2")
     assert "float32" in reason(base + " f64")
     assert "channels" in reason("n8c8h56w56k64r3s3 p1")

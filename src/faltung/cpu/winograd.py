@@ -1,9 +1,10 @@
-"""Winograd convolution, 3x3 with stride 1 in float32: forward and grad_input."""
+"""Winograd convolution, 3x3 with stride 1 and any dilation, in float32: forward and grad_input."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,21 +17,21 @@ from ..problem import ConvProblem
 from . import target as targets
 from .direct import choose_config as direct_config
 from .frozen import Packing
-from .geometry import padded_index
 from .plan import CpuPlan
 from .target import Target
 from .tile import PAGE, align, odd_lines
 from .winograd_filter import filter_scratch_bytes
-from .winograd_input import strip_bytes
+from .winograd_form import MOST_SPREAD, Roles, out_tables, source_tables, tile_starts
+from .winograd_input import strip_bytes, strip_groups, strip_table
 from .winograd_kernel import ARGUMENTS, LINE, WinogradKernel
 from .winograd_output import output_scratch_bytes
-from .winograd_tiling import Roles, WinogradConfig, candidates, choose_config, choose_kept, direct_cycles
+from .winograd_tiling import WinogradConfig, candidates, choose_config, choose_kept, direct_cycles
 from .winograd_transform import ERROR_LIMIT, F2, F4, Algorithm
 
 __all__ = ["WINOGRAD", "Winograd", "build_plan", "refusal"]
 
 _SLACK = 1024
-_Tables = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.float32]]
+_Tables = dict[str, npt.NDArray[Any]]
 _REPRODUCIBLE_BATCH = 8  # the batch that the choice of algorithm is made for where it must not depend on the batch
 
 
@@ -47,8 +48,12 @@ def _allowed(problem: ConvProblem) -> tuple[Algorithm, ...]:
 def refusal(problem: ConvProblem, target: Target) -> str | None:
     """Why Winograd's algorithm does not apply, in any direction, or None."""
     lanes = max(16, target.lanes("float"))
-    if (problem.r, problem.s) != (3, 3) or problem.stride != (1, 1) or problem.dilation != (1, 1):
-        return "3x3 kernels with stride 1 and dilation 1 only"
+    if (problem.r, problem.s) != (3, 3) or problem.stride != (1, 1):
+        return "3x3 kernels with stride 1 only"
+    if problem.dilation != (1, 1) and problem.direction == "grad_weight":
+        return "the weight's gradient with dilation 1 only"
+    if max(problem.dilation) > MOST_SPREAD:
+        return f"dilation above {MOST_SPREAD}"
     if problem.g != 1:
         return "one group only"
     if problem.dtype != "f32":
@@ -71,8 +76,7 @@ class _Layout:
         algorithm = config.algorithm
         points, size, vector = algorithm.n**2, numeric.compute_bytes, numeric.lanes * numeric.compute_bytes
         source, out = roles.source_channels, roles.out_channels
-        height, width = roles.out_size
-        self.tiles_p, self.tiles_q = -(-height // algorithm.m), -(-width // algorithm.m)
+        self.tiles_p, self.tiles_q = roles.grid(algorithm.m)
         self.tiles = roles.problem.n * self.tiles_p * self.tiles_q
         self.blocks = -(-self.tiles // config.tiles)
         out_vectors = -(-out // numeric.lanes)
@@ -87,8 +91,11 @@ class _Layout:
         longest = source - (self.pieces - 1) * config.piece
         u_piece = points * (longest * config.vectors * vector + LINE)
         u = points * (source * out_vectors * vector + self.panels * LINE) + _SLACK
+        columns = roles.spread[1], roles.groups[1]
         strip = max(
-            strip_bytes(algorithm, numeric), output_scratch_bytes(algorithm, numeric, config.vectors, roles.problem.format), filter_scratch_bytes(numeric)
+            strip_bytes(algorithm, numeric, *columns) if roles.problem.format == "nchw" else 0,
+            output_scratch_bytes(algorithm, numeric, config.vectors, roles.problem.format, *columns),
+            filter_scratch_bytes(numeric),
         )
         tiles_first = config.order == "tiles"
         self.m_at = align(v if tiles_first else u_piece + _SLACK) + 5 * LINE
@@ -106,28 +113,31 @@ def build_plan(problem: ConvProblem, target: Target, threads: int, config: Winog
     lanes = numeric.lanes
     narrow = -(-roles.out_channels // lanes) % config.vectors != 0
     formats = problem.format, problem.weight_format
-    kernel = WinogradKernel(target, config.algorithm.m, *formats, not roles.forward, config.order, config.rows, config.vectors, narrow)
+    dilated = problem.format == "nchw" and roles.spread[1] > 1
+    kernel = WinogradKernel(target, config.algorithm.m, *formats, not roles.forward, config.order, config.rows, config.vectors, narrow, dilated)
     layout = _Layout(roles, numeric, config, kernel, threads)
-    tables = _tables(roles, config.algorithm, layout)
+    tables = _tables(roles, numeric, config.algorithm, layout)
     values = _values(roles, config, layout, tables)
     facts = {
         "tile": f"{config.algorithm.m}x{config.algorithm.m}", "order": config.order, "block_tiles": config.tiles, "blocks": layout.blocks,
         "predicted_cycles": config.cycles, "error_bound": _error_bound(config.algorithm, roles.source_channels),
     }  # fmt: skip
     packing = Packing(ARGUMENTS, "filter_tasks", "tasks") if config.order == "tiles" else None
-    return CpuPlan(problem, name, load(kernel.name, target, kernel.emit), ARGUMENTS.pack(threads, values), tables, layout.workspace, facts, packing)
+    block = ARGUMENTS.pack(threads, values)
+    return CpuPlan(problem, name, load(kernel.name, target, kernel.emit), block, list(tables.values()), layout.workspace, facts, packing)
 
 
-def _tables(roles: Roles, algorithm: Algorithm, layout: _Layout) -> _Tables:
-    """Byte offsets of rows; byte offsets (nhwc) or indices (nchw) of columns, -1 for zero, with entries to read past the end; zeros."""
-    (height, width), (above, left), channels = roles.source_size, roles.before, roles.source_channels
-    nhwc = roles.problem.format == "nhwc"
-    rows = padded_index(np.arange(layout.tiles_p * algorithm.m + 8, dtype=np.int64) - above, height, roles.padding_mode)
-    columns = padded_index(np.arange(layout.tiles_q * algorithm.m + 8, dtype=np.int64) - left, width, roles.padding_mode)
-    row_pitch = width * 4 * (channels if nhwc else 1)
-    row_table = np.where(rows >= 0, rows * row_pitch, -1)
-    column_table = np.where(columns >= 0, columns * 4 * channels, -1) if nhwc else columns
-    return row_table, column_table, np.zeros(max(channels, roles.out_channels) + 64, np.float32)
+def _tables(roles: Roles, numeric: Numeric, algorithm: Algorithm, layout: _Layout) -> _Tables:
+    """The arguments that are addresses of tables."""
+    nhwc, spread, m = roles.problem.format == "nhwc", roles.spread, algorithm.m
+    starts = tile_starts(layout.tiles_p, m, spread[0], roles.groups[0]), tile_starts(layout.tiles_q, m, spread[1], roles.groups[1])
+    source = source_tables(roles.source_size, roles.source_channels, starts, algorithm.n, spread, roles.before, roles.padding_mode, nhwc)
+    out = out_tables(roles.out_size, roles.out_channels, starts, m, spread, nhwc)
+    return {
+        "row_table": source[0], "column_table": source[1], "out_row_table": out[0], "out_column_table": out[1],
+        "strip_table": strip_table(m, numeric, spread[1], roles.groups[1]),
+        "zeros": np.zeros(max(roles.source_channels, roles.out_channels) + 64, np.float32),
+    }  # fmt: skip
 
 
 def _values(roles: Roles, config: WinogradConfig, layout: _Layout, tables: _Tables) -> dict[str, int]:
@@ -136,8 +146,6 @@ def _values(roles: Roles, config: WinogradConfig, layout: _Layout, tables: _Tabl
     (height, width), (out_height, out_width) = roles.source_size, roles.out_size
     source, out = roles.source_channels, roles.out_channels
     nhwc = problem.format == "nhwc"
-    # Bytes from column to column of source and output; a row is that many times the columns in both formats.
-    source_column, out_column = 4 * (source if nhwc else 1), 4 * (out if nhwc else 1)
     plane = out_height * out_width * 4
     if problem.weight_format == "nchw":
         k_pitch, c_pitch, tap_pitch = problem.c * 9 * 4, 9 * 4, 4
@@ -149,11 +157,10 @@ def _values(roles: Roles, config: WinogradConfig, layout: _Layout, tables: _Tabl
     input_pieces = -(-config.tiles // config.input_tiles)
     return {
         "tiles_p": layout.tiles_p, "tiles_q": layout.tiles_q, "source_channels": source, "source_image": source * height * width * 4,
-        "source_channel": height * width * 4, "source_row": width * source_column, "source_column": source_column, "source_width": width,
-        "column_before": roles.before[1],
-        "row_table": tables[0].ctypes.data, "column_table": tables[1].ctypes.data, "zeros": tables[2].ctypes.data,
-        "out_height": out_height, "out_width": out_width, "out_image": out * plane, "out_channel": 4 if nhwc else plane,
-        "out_row": out_width * out_column, "out_column": out_column,
+        "source_channel": height * width * 4, "source_width": width, "column_before": roles.before[1],
+        "column_group": roles.groups[1], "column_spread": roles.spread[1], "strip_tiles": strip_groups(roles.groups[1]) * roles.groups[1],
+        **{name: table.ctypes.data for name, table in tables.items()},
+        "out_width": out_width, "out_image": out * plane, "out_channel": 4 if nhwc else plane,
         "filter_tasks": layout.panels * layout.pieces, "input_tasks": layout.blocks * input_pieces,
         "tasks": layout.blocks * (shares if tiles_first else layout.panels), "tiles": layout.tiles, "block_tiles": config.tiles,
         "input_pieces": input_pieces, "piece_tiles": config.input_tiles, "shares": shares, "share_panels": share_panels, "panels": layout.panels,

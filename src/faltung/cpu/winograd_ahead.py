@@ -10,31 +10,37 @@ from functools import partial
 from ..codegen.emit import Function, Module, Value
 from ..codegen.entry import ArgumentBlock
 from .pack import Arguments
+from .winograd_form import table_pitch
+from .winograd_transform import Algorithm
 
 __all__ = ["emit_touch"]
 
 _LINE = 64
 
 
-def emit_touch(module: Module, arguments: ArgumentBlock, m: int, source: bool) -> Function:
+def emit_touch(module: Module, arguments: ArgumentBlock, algorithm: Algorithm, source: bool) -> Function:
     """``touch_<source or out>(block, base, first, last, width)``: ``width`` bytes of each of the m x m pixels of tiles ``first .. last - 1`` (nhwc)."""
     f = module.function(f"touch_{'source' if source else 'out'}", [("ptr", "block"), ("ptr", "base"), ("i64", "first"), ("i64", "last"), ("i64", "width")])
     a = Arguments(f, arguments, f["block"])
-    tiles_p, tiles_q = a["tiles_p"], a["tiles_q"]
-    image_pitch, row_pitch = (a["source_image"], a["source_row"]) if source else (a["out_image"], a["out_row"])
-    column = a["source_column"] if source else a["out_column"]
+    m, tiles_p, tiles_q = algorithm.m, a["tiles_p"], a["tiles_q"]
+    side = "source" if source else "out"
+    rows, columns = (a.table(f"{'' if source else 'out_'}{axis}_table") for axis in ("row", "column"))
+    wide = table_pitch(algorithm.n if source else m)
+    first = (algorithm.n - m) // 2 if source else 0  # the middle of what a tile reads: its neighbours read the rest
 
     def ask(pixel: Value, offset: Value) -> None:
         f.prefetch(pixel + offset, 2)
 
     def tile(index: Value) -> None:
         row, q = index // tiles_q, index % tiles_q
-        corner = f["base"] + (row // tiles_p) * image_pitch + (row % tiles_p) * m * row_pitch + q * m * column
+        image = f["base"] + (row // tiles_p) * a[f"{side}_image"]
+        places = [f.load_index(columns, q * wide + first + j) for j in range(m)]
+        row_places = rows + ((row % tiles_p) * wide + first) * 8
 
         def line(i: Value) -> None:
-            for j in range(m):
-                pixel = corner + i * row_pitch + column * j
-                f.loop(0, f["width"], _LINE, partial(ask, pixel))
+            start = image + f.load_index(row_places, i)
+            for place in places:  # those outside lie a byte before the image
+                f.loop(0, f["width"], _LINE, partial(ask, start + place))
 
         f.loop(0, m, 1, line)
 

@@ -9,20 +9,28 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from ..codegen.emit import Function, Module, Value, vector_type
+from ..codegen.emit import Function, Module, Scalar, Value, vector_type
 from ..codegen.entry import ArgumentBlock
 from ..codegen.numeric import Numeric
 from .pack import Arguments, zero_run
+from .winograd_form import Table, table_pitch, tile_starts
 from .winograd_transform import Algorithm, Transform1d, emit_input_1d, emit_lift_1d, transform_2d
 
-__all__ = ["GRADIENT_ARGUMENTS", "INPUT_ARGUMENTS", "LIFT", "LIFT_SUMS", "STRIP_TILES", "channel_start", "emit_input", "strip_bytes", "tile_rows"]
+__all__ = [
+    "GRADIENT_ARGUMENTS", "INPUT_ARGUMENTS", "LIFT", "LIFT_SUMS", "STRIP_ARGUMENTS", "STRIP_TILES", "Strips", "channel_start", "emit_input", "strip_bytes",
+    "strip_groups", "strip_table", "tile_rows",
+]  # fmt: skip
 
 INPUT_ARGUMENTS = (
-    "tiles_p", "tiles_q", "source_channels", "source_image", "source_channel", "source_row", "source_column", "source_width", "column_before",
-    "row_table", "column_table", "zeros",
+    "tiles_p", "tiles_q", "source_channels", "source_image", "source_channel", "source_width", "column_before", "row_table", "column_table", "zeros",
 )  # fmt: skip
-"""Tiles of one image; channels; byte pitches of the source's images, channels, rows and columns; its columns; padded columns before it; tables of
-row byte offsets and of columns (byte offsets for nhwc, indices for nchw), -1 for zero; the address of zeros, one for each channel."""
+"""Tiles of one image; channels; byte pitches of the source's images and channels; its columns; padded columns before it; for every row of tiles the byte
+offsets of the rows that it reads, -1 for zero; the same of columns for nhwc, and the column of every position of the padded image for nchw; the address of
+zeros, one for each channel."""
+
+STRIP_ARGUMENTS = ("column_group", "column_spread", "strip_tiles", "strip_table")
+"""Of kernels for dilated layers in nchw: residues of columns, the distance of a tile's columns, tiles of a strip (whole groups of residues), and for each of
+them how many bytes behind the first one's its first pixel lies."""
 
 _SHARED = ("tiles_p", "tiles_q", "zeros")
 GRADIENT_ARGUMENTS = tuple(f"gradient_{name}" for name in INPUT_ARGUMENTS if name not in _SHARED)
@@ -31,9 +39,50 @@ GRADIENT_ARGUMENTS = tuple(f"gradient_{name}" for name in INPUT_ARGUMENTS if nam
 STRIP_TILES = 16  # neighbouring tiles of an image that nchw transposes at once
 
 
-def strip_bytes(algorithm: Algorithm, numeric: Numeric) -> int:
+def strip_groups(group: int) -> int:
+    """Groups of tiles of a strip, for ``group`` residues of columns."""
+    return max(1, STRIP_TILES // group)
+
+
+def strip_columns(algorithm: Algorithm, spread: int = 1, group: int = 1) -> int:
+    """Columns that the tiles of a strip read."""
+    return (strip_groups(group) * algorithm.m + algorithm.n - algorithm.m) * spread
+
+
+def strip_bytes(algorithm: Algorithm, numeric: Numeric, spread: int = 1, group: int = 1) -> int:
     """Scratch of nchw's input transform: n rows of the columns of a strip, ``lanes`` channels, and a block of columns run over."""
-    return (algorithm.n * (algorithm.m * STRIP_TILES + 2) + numeric.lanes) * numeric.lanes * numeric.compute_bytes
+    return (algorithm.n * strip_columns(algorithm, spread, group) + numeric.lanes) * numeric.lanes * numeric.compute_bytes
+
+
+def strip_table(m: int, numeric: Numeric, spread: int, group: int) -> Table:
+    """Bytes from the first pixel of a strip's scratch to that of each of its tiles."""
+    return tile_starts(strip_groups(group) * group, m, spread, group) * (numeric.lanes * numeric.compute_bytes)
+
+
+class Strips:
+    """How the tiles of a row of tiles lie in nchw's strips: side by side, or (``dilated``) in groups of residues."""
+
+    def __init__(self, f: Function, a: Arguments, numeric: Numeric, m: int, dilated: bool) -> None:
+        self._f, self._m, self._dilated = f, m, dilated
+        self._pixel = numeric.lanes * numeric.compute_bytes
+        self.tiles: Scalar = a["strip_tiles"] if dilated else STRIP_TILES
+        self.spread: Scalar = a["column_spread"] if dilated else 1
+        self._group: Scalar = a["column_group"] if dilated else 1
+        self._table = a.table("strip_table") if dilated else None
+        self.pitch: Scalar = self.spread * self._pixel
+        """Bytes from column to column of a tile."""
+
+    def column(self, tile: Value) -> Value:
+        """First column of a tile that begins a group (of outputs; of what is read, in the padded image)."""
+        return tile * self._m if not self._dilated else tile // self._group * self._m * self.spread
+
+    def columns(self, tiles: Scalar, more: int) -> Scalar:
+        """Columns of whole groups of ``tiles`` tiles and of ``more`` to the right of every tile."""
+        return tiles * self._m + more if isinstance(tiles, int) or not self._dilated else (tiles // self._group * self._m + more) * self.spread
+
+    def origin(self, tile: Value) -> Value:
+        """Bytes from the first tile's first pixel to that of a tile of the strip."""
+        return tile * (self._m * self._pixel) if self._table is None else self._f.load_index(self._table, tile)
 
 
 def tile_rows(f: Function, a: Arguments, first: Value, last: Value, body: Callable[[Value, Value, Value, Value, Value], None]) -> None:
@@ -84,17 +133,23 @@ class _Source(Arguments):
         return super().__getitem__(name if name in _SHARED else self._prefix + name)
 
 
-def emit_input(module: Module, arguments: ArgumentBlock, numeric: Numeric, algorithm: Algorithm, source_format: str, gather: Gather = INPUT) -> Function:
+def emit_input(
+    module: Module, arguments: ArgumentBlock, numeric: Numeric, algorithm: Algorithm, source_format: str, gather: Gather = INPUT, dilated: bool = False
+) -> Function:
     """``input(block, source, v, scratch, first, last, channels, v_point, v_pitch)``: tiles ``first .. last - 1`` into V, tile ``first`` first.
 
     ``channels``: at least a vector, from ``source`` on.  With ``gather.sums`` also ``sums``: a vector for each vector of channels that the sums of pixels
-    are added to (where 16 does not divide the channels, the last vector's are those it starts early with).
+    are added to (where 16 does not divide the channels, the last vector's are those it starts early with).  ``dilated``: tiles are of residues, and
+    nchw's tiles are whole groups of them.
     """
     names = ("first", "last", "channels", "v_point", "v_pitch")
     pointers = [("ptr", "block"), ("ptr", "source"), ("ptr", "v"), ("ptr", "scratch")]
     f = module.function(gather.name, [*pointers, *(("i64", n) for n in names), *([("ptr", "sums")] if gather.sums else [])])
     a = _Source(f, arguments, f["block"], gather.prefix)
-    (_from_nhwc if source_format == "nhwc" else _from_nchw)(f, a, numeric, algorithm, gather)
+    if source_format == "nhwc":
+        _from_nhwc(f, a, numeric, algorithm, gather)
+    else:
+        _from_nchw(f, a, numeric, algorithm, gather, Strips(f, a, numeric, algorithm.m, dilated))
     f.ret()
     return f
 
@@ -123,23 +178,23 @@ def _from_nhwc(f: Function, a: Arguments, numeric: Numeric, algorithm: Algorithm
         addresses of its n x n pixels             (n vectors of n addresses; that of zeros outside the image)
         for vector of channels: transform
     """
-    n, m, lanes, size = gather.extent(algorithm), algorithm.m, numeric.lanes, numeric.compute_bytes
+    n, lanes, size = gather.extent(algorithm), numeric.lanes, numeric.compute_bytes
     channels, row_table, column_table, zeros = f["channels"], a.table("row_table"), a.table("column_table"), a["zeros"]
     source_image = a["source_image"]
-    wide = 8 if n > 4 else 4
+    wide = table_pitch(n)
     addresses = f.stack(8 * wide * n)
     vector = vector_type("i64", wide)
 
     def row_of_tiles(image: Value, tile_row: Value, row_start: Value, start: Value, stop: Value) -> None:
         base = f.cast("ptrtoint", f["source"] + image * source_image, "i64")
-        rows = [f.load_index(row_table, tile_row * m + i) for i in range(n)]
+        rows = [f.load_index(row_table, tile_row * wide + i) for i in range(n)]
         starts = [f.splat(base + row, wide) for row in rows]
         inside = [f.splat(row, wide) for row in rows]
         nowhere = f.splat(zeros, wide)
         none = f.zero(vector)
 
         def tile(index: Value) -> None:
-            columns = f.load(column_table + (index - row_start) * (8 * m), vector)
+            columns = f.load(column_table + (index - row_start) * (8 * wide), vector)
             for i in range(n):
                 valid = f.compare("sge", f.integer("or", columns, inside[i]), none)
                 f.store(f.select(valid, f.integer("add", starts[i], columns), nowhere), addresses + i * (8 * wide))
@@ -160,10 +215,10 @@ def _from_nhwc(f: Function, a: Arguments, numeric: Numeric, algorithm: Algorithm
     tile_rows(f, a, f["first"], f["last"], row_of_tiles)
 
 
-def _from_nchw(f: Function, a: Arguments, numeric: Numeric, algorithm: Algorithm, gather: Gather) -> None:
+def _from_nchw(f: Function, a: Arguments, numeric: Numeric, algorithm: Algorithm, gather: Gather, strips: Strips) -> None:
     """::
 
-    for row of tiles, strip of STRIP_TILES of them, vector of channels:
+    for row of tiles, strip of about STRIP_TILES of them, vector of channels:
         transpose n rows of the strip's columns into scratch [row][column][lane]
         for tile of the strip: transform
     """
@@ -171,15 +226,15 @@ def _from_nchw(f: Function, a: Arguments, numeric: Numeric, algorithm: Algorithm
     channels, row_table = f["channels"], a.table("row_table")
     source_image, source_channel = a["source_image"], a["source_channel"]
     pixel_bytes = lanes * size
-    pitch = (m * STRIP_TILES + 2) * pixel_bytes
-    pack_row = _emit_pack_row(f.module, numeric)
     more = n - m
+    pitch = strips.columns(strips.tiles, algorithm.n - m) * pixel_bytes
+    pack_row = _emit_pack_row(f.module, numeric)
 
     def row_of_tiles(image: Value, tile_row: Value, row_start: Value, start: Value, stop: Value) -> None:
         def strip(first: Value) -> None:
-            tiles = f.minimum(stop - first, STRIP_TILES)
-            x = (first - row_start) * m
-            count = tiles * m + more
+            tiles = f.minimum(stop - first, strips.tiles)
+            x = strips.column(first - row_start)
+            count = f.value(strips.columns(tiles, more))
             low = f.minimum(f.maximum(a["column_before"] - x, 0), count)
             high = f.maximum(f.minimum(a["source_width"] + a["column_before"] - x, count), low)
 
@@ -188,7 +243,7 @@ def _from_nchw(f: Function, a: Arguments, numeric: Numeric, algorithm: Algorithm
                 plane = f["source"] + image * source_image + channel * source_channel
 
                 def line(i: Value) -> None:
-                    offset = f.load_index(row_table, tile_row * m + i)
+                    offset = f.load_index(row_table, tile_row * table_pitch(n) + i)
                     target = f["scratch"] + i * pitch
 
                     def copy() -> None:
@@ -200,16 +255,16 @@ def _from_nchw(f: Function, a: Arguments, numeric: Numeric, algorithm: Algorithm
                 f.loop(0, n, 1, line)
 
                 def tile(index: Value) -> None:
-                    origin = f["scratch"] + (index - first) * (m * pixel_bytes)
+                    origin = f["scratch"] + strips.origin(index - first)
                     target = f["v"] + (index - f["first"]) * f["v_pitch"] + channel * size
                     sums = f["sums"] + c * size if gather.sums else None
-                    _transform(f, numeric, algorithm, gather, lambda i, j: origin + (i * pitch + j * pixel_bytes), target, sums)
+                    _transform(f, numeric, algorithm, gather, lambda i, j: origin + (i * pitch + j * strips.pitch), target, sums)
 
                 f.loop(first, first + tiles, 1, tile)
 
             f.loop(0, channels, lanes, block)
 
-        f.loop(start, stop, STRIP_TILES, strip)
+        f.loop(start, stop, strips.tiles, strip)
 
     tile_rows(f, a, f["first"], f["last"], row_of_tiles)
 

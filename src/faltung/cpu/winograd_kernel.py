@@ -27,7 +27,7 @@ from .target import Target
 from .winograd_ahead import emit_touch
 from .winograd_filter import emit_filter
 from .winograd_gemm import Panels, emit_multiply
-from .winograd_input import INPUT_ARGUMENTS, emit_input
+from .winograd_input import INPUT_ARGUMENTS, STRIP_ARGUMENTS, emit_input
 from .winograd_output import OUTPUT_ARGUMENTS, emit_output
 from .winograd_transform import F2, F4
 
@@ -38,7 +38,7 @@ LINE = 64
 
 ARGUMENTS = ArgumentBlock(
     (
-        *INPUT_ARGUMENTS, *OUTPUT_ARGUMENTS,
+        *INPUT_ARGUMENTS, *STRIP_ARGUMENTS, *OUTPUT_ARGUMENTS,
         "filter_tasks", "input_tasks", "tasks", "tiles", "block_tiles", "input_pieces", "piece_tiles", "shares", "share_panels", "panels", "wide_panels",
         "out_channels", "reduced_pieces", "reduced_piece", "chunk", "reduced_pitch", "lane_pitch", "tap_pitch", "has_bias", "v_point", "v_pitch", "v_block",
         "m_point", "u_at", "v_at", "scratch_at", "scratch_size", "m_at", "strip_at",
@@ -53,7 +53,8 @@ the workspace and in a thread's scratch (from ``scratch_at``, ``scratch_size`` a
 class WinogradKernel:
     """What a kernel is made for; everything else is an argument.
 
-    ``m``: output pixels of a tile's side; ``rows`` x ``vectors`` accumulators; ``narrow``: panels one vector narrower are needed too.
+    ``m``: output pixels of a tile's side; ``rows`` x ``vectors`` accumulators; ``narrow``: panels one vector narrower are needed too; ``dilated``: nchw's
+    tiles lie in groups of residues (for nhwc that is all in the tables).
     """
 
     target: Target
@@ -65,12 +66,13 @@ class WinogradKernel:
     rows: int
     vectors: int
     narrow: bool
+    dilated: bool = False
 
     @property
     def name(self) -> str:
         direction = "grad_input" if self.flipped else "forward"
         panels = f"{self.rows}x{self.vectors}{'n' if self.narrow else ''}"
-        return f"winograd_F{self.m}_{direction}_{self.format}_w{self.weight_format}_{self.order}_{panels}_{self.target.isa}"
+        return f"winograd_F{self.m}_{direction}{'_dilated' if self.dilated else ''}_{self.format}_w{self.weight_format}_{self.order}_{panels}_{self.target.isa}"
 
     def emit(self) -> str:
         """The module's IR text; its entry point is ``entry``."""
@@ -103,9 +105,11 @@ class _Builder(Panels):
         self.algorithm = F4 if kernel.m == 4 else F2
         self.points = self.algorithm.n**2
         self.filter = emit_filter(module, self.numeric, self.algorithm, kernel.flipped, kernel.weight_format)
-        self.input = emit_input(module, ARGUMENTS, self.numeric, self.algorithm, kernel.format)
-        self.output = emit_output(module, ARGUMENTS, self.numeric, self.algorithm, kernel.format)
-        self.touch = (emit_touch(module, ARGUMENTS, kernel.m, False), emit_touch(module, ARGUMENTS, kernel.m, True)) if kernel.format == "nhwc" else None
+        self.input = emit_input(module, ARGUMENTS, self.numeric, self.algorithm, kernel.format, dilated=kernel.dilated)
+        self.output = emit_output(module, ARGUMENTS, self.numeric, self.algorithm, kernel.format, kernel.dilated)
+        self.touch = None
+        if kernel.format == "nhwc":
+            self.touch = emit_touch(module, ARGUMENTS, self.algorithm, False), emit_touch(module, ARGUMENTS, self.algorithm, True)
         self.multiply = {v: emit_multiply(module, self.numeric, self.points, kernel.rows, v, self.touch) for v in self.widths}
 
     def with_panel(self, f: Function, task: Task, index: Value, reduced: Value, body: Callable[[_Panel], None]) -> None:

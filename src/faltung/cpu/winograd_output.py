@@ -8,22 +8,24 @@ from ..codegen.emit import Function, Module, Value, vector_type
 from ..codegen.entry import ArgumentBlock
 from ..codegen.numeric import Numeric
 from .pack import Arguments
-from .winograd_input import STRIP_TILES, channel_start, tile_rows
+from .winograd_form import table_pitch
+from .winograd_input import Strips, channel_start, strip_groups, tile_rows
 from .winograd_transform import Algorithm, emit_output_1d, transform_2d
 
 __all__ = ["OUTPUT_ARGUMENTS", "emit_output", "output_scratch_bytes"]
 
-OUTPUT_ARGUMENTS = ("out_height", "out_width", "out_image", "out_channel", "out_row", "out_column")
-"""Sizes of the output and its byte pitches."""
+OUTPUT_ARGUMENTS = ("out_width", "out_image", "out_channel", "out_row_table", "out_column_table")
+"""Columns of the output; byte pitches of its images and channels; for every row and column of tiles the byte offsets of the m rows or columns that it
+writes, -1 for those outside."""
 
 
-def output_scratch_bytes(algorithm: Algorithm, numeric: Numeric, vectors: int, out_format: str) -> int:
+def output_scratch_bytes(algorithm: Algorithm, numeric: Numeric, vectors: int, out_format: str, spread: int = 1, group: int = 1) -> int:
     """Scratch of the output transform: where pixels outside the image go (nhwc), or a strip of tiles (nchw)."""
     pixel = numeric.lanes * numeric.compute_bytes
-    return vectors * pixel if out_format == "nhwc" else (algorithm.m * algorithm.m * STRIP_TILES + numeric.lanes) * pixel
+    return vectors * pixel if out_format == "nhwc" else (algorithm.m * algorithm.m * strip_groups(group) * spread + numeric.lanes) * pixel
 
 
-def emit_output(module: Module, arguments: ArgumentBlock, numeric: Numeric, algorithm: Algorithm, out_format: str) -> Function:
+def emit_output(module: Module, arguments: ArgumentBlock, numeric: Numeric, algorithm: Algorithm, out_format: str, dilated: bool = False) -> Function:
     """``output(block, m, out, bias, scratch, first, last, valid, m_point, m_pitch)``: one panel of channels of tiles ``first .. last - 1``.
 
     ``out`` and ``bias`` are those of the panel's first channel, ``valid`` its number of channels (at least one vector).
@@ -31,7 +33,10 @@ def emit_output(module: Module, arguments: ArgumentBlock, numeric: Numeric, algo
     pointers = [("ptr", "block"), ("ptr", "m"), ("ptr", "out"), ("ptr", "bias"), ("ptr", "scratch")]
     f = module.function("output", [*pointers, *(("i64", n) for n in ("first", "last", "valid", "m_point", "m_pitch"))])
     a = Arguments(f, arguments, f["block"])
-    (_to_nhwc if out_format == "nhwc" else _to_nchw)(f, a, numeric, algorithm)
+    if out_format == "nhwc":
+        _to_nhwc(f, a, numeric, algorithm)
+    else:
+        _to_nchw(f, a, numeric, algorithm, Strips(f, a, numeric, algorithm.m, dilated))
     f.ret()
     return f
 
@@ -57,32 +62,30 @@ def _to_nhwc(f: Function, a: Arguments, numeric: Numeric, algorithm: Algorithm) 
         for vector of channels: transform
     """
     m, lanes, size = algorithm.m, numeric.lanes, numeric.compute_bytes
-    height, width, out_row, out_column, out_image = a["out_height"], a["out_width"], a["out_row"], a["out_column"], a["out_image"]
-    vector = vector_type("i64", m)
-    addresses = f.stack(8 * m * m)
-    numbers = Value(f, "<" + ", ".join(f"i64 {i}" for i in range(m)) + ">", vector)
-    pitches = f.integer("mul", f.splat(out_column, m), numbers)
-    nowhere = f.splat(f.cast("ptrtoint", f["scratch"], "i64"), m)
+    out_image, row_table, column_table = a["out_image"], a.table("out_row_table"), a.table("out_column_table")
+    wide = table_pitch(m)
+    vector = vector_type("i64", wide)
+    addresses = f.stack(8 * wide * m)
+    nowhere = f.splat(f.cast("ptrtoint", f["scratch"], "i64"), wide)
+    none = f.zero(vector)
 
     def row_of_tiles(image: Value, tile_row: Value, row_start: Value, start: Value, stop: Value) -> None:
         base = f.cast("ptrtoint", f["out"] + image * out_image, "i64")
-        first_row = tile_row * m
-        rows = [base + (first_row + i) * out_row for i in range(m)]
-        limits = [f.select((first_row + i) < height, width, f.value(0)) for i in range(m)]
+        rows = [f.load_index(row_table, tile_row * wide + i) for i in range(m)]
+        starts = [f.splat(base + row, wide) for row in rows]
+        inside = [f.splat(row, wide) for row in rows]
 
         def tile(index: Value) -> None:
-            x = (index - row_start) * m
-            columns = f.integer("add", pitches, f.splat(x * out_column, m))
-            places = f.integer("add", f.splat(x, m), numbers)
+            columns = f.load(column_table + (index - row_start) * (8 * wide), vector)
             for i in range(m):
-                valid = f.compare("slt", places, f.splat(limits[i], m))
-                f.store(f.select(valid, f.integer("add", columns, f.splat(rows[i], m)), nowhere), addresses + i * (8 * m))
+                valid = f.compare("sge", f.integer("or", columns, inside[i]), none)
+                f.store(f.select(valid, f.integer("add", starts[i], columns), nowhere), addresses + i * (8 * wide))
             source = f["m"] + (index - f["first"]) * f["m_pitch"]
 
             def block(k: Value) -> None:
                 offset = channel_start(f, k, f["valid"], lanes) * size
                 bias = f.load(f["bias"] + offset, numeric.vector)
-                _transform(f, numeric, algorithm, source + offset, bias, lambda i, j: f.load(addresses + (i * m + j) * 8, "ptr") + offset)
+                _transform(f, numeric, algorithm, source + offset, bias, lambda i, j: f.load(addresses + (i * wide + j) * 8, "ptr") + offset)
 
             f.loop(0, f["valid"], lanes, block)
 
@@ -91,26 +94,23 @@ def _to_nhwc(f: Function, a: Arguments, numeric: Numeric, algorithm: Algorithm) 
     tile_rows(f, a, f["first"], f["last"], row_of_tiles)
 
 
-def _to_nchw(f: Function, a: Arguments, numeric: Numeric, algorithm: Algorithm) -> None:
+def _to_nchw(f: Function, a: Arguments, numeric: Numeric, algorithm: Algorithm, strips: Strips) -> None:
     """::
 
-    for row of tiles, strip of STRIP_TILES of them, vector of channels:
+    for row of tiles, strip of about STRIP_TILES of them, vector of channels:
         for tile of the strip: transform into scratch [row][column][lane]
         transpose m rows of the strip's columns into the output
     """
     m, lanes, size = algorithm.m, numeric.lanes, numeric.compute_bytes
-    height, width, out_row, out_image, out_channel = a["out_height"], a["out_width"], a["out_row"], a["out_image"], a["out_channel"]
-    pixel_bytes = lanes * size
-    pitch = m * STRIP_TILES * pixel_bytes
+    width, out_image, out_channel, row_table = a["out_width"], a["out_image"], a["out_channel"], a.table("out_row_table")
+    pitch = strips.columns(strips.tiles, 0) * (lanes * size)
     unpack_row = _emit_unpack_row(f.module, numeric)
 
     def row_of_tiles(image: Value, tile_row: Value, row_start: Value, start: Value, stop: Value) -> None:
-        first_row = tile_row * m
-
         def strip(first: Value) -> None:
-            tiles = f.minimum(stop - first, STRIP_TILES)
-            x = (first - row_start) * m
-            count = f.minimum(tiles * m, width - x)
+            tiles = f.minimum(stop - first, strips.tiles)
+            x = strips.column(first - row_start)
+            count = f.minimum(strips.columns(tiles, 0), width - x)
 
             def block(k: Value) -> None:
                 channel = channel_start(f, k, f["valid"], lanes)
@@ -118,20 +118,22 @@ def _to_nchw(f: Function, a: Arguments, numeric: Numeric, algorithm: Algorithm) 
 
                 def tile(index: Value) -> None:
                     source = f["m"] + (index - f["first"]) * f["m_pitch"] + channel * size
-                    origin = f["scratch"] + (index - first) * (m * pixel_bytes)
-                    _transform(f, numeric, algorithm, source, bias, lambda i, j: origin + (i * pitch + j * pixel_bytes))
+                    origin = f["scratch"] + strips.origin(index - first)
+                    _transform(f, numeric, algorithm, source, bias, lambda i, j: origin + (i * pitch + j * strips.pitch))
 
                 f.loop(first, first + tiles, 1, tile)
-                target = f["out"] + image * out_image + channel * out_channel + first_row * out_row + x * size
+                target = f["out"] + image * out_image + channel * out_channel + x * size
 
                 def line(i: Value) -> None:
-                    f.call(unpack_row, [f["scratch"] + i * pitch, target + i * out_row, count, out_channel])
+                    offset = f.load_index(row_table, tile_row * table_pitch(m) + i)
+                    with f.when(offset >= 0):
+                        f.call(unpack_row, [f["scratch"] + i * pitch, target + offset, count, out_channel])
 
-                f.loop(0, f.minimum(height - first_row, m), 1, line)
+                f.loop(0, m, 1, line)
 
             f.loop(0, f["valid"], lanes, block)
 
-        f.loop(start, stop, STRIP_TILES, strip)
+        f.loop(start, stop, strips.tiles, strip)
 
     tile_rows(f, a, f["first"], f["last"], row_of_tiles)
 

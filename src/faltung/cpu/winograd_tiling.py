@@ -10,10 +10,11 @@ from functools import lru_cache
 from ..problem import ConvProblem
 from .target import Target
 from .tiling import split_count, step_cycles
+from .winograd_form import Roles
 from .winograd_gemm import gemm_rows
 from .winograd_transform import Algorithm, reduction_piece
 
-__all__ = ["Roles", "WinogradConfig", "candidates", "choose_config", "direct_cycles", "panel_vectors"]
+__all__ = ["WinogradConfig", "candidates", "choose_config", "direct_cycles", "panel_vectors"]
 
 _CALL_CYCLES = 25.0  # of one call of the GEMM: arguments, start of the pipeline
 _NEAR_BYTES = 40.0  # a cycle, from the second-level cache
@@ -27,43 +28,6 @@ _FORK_CYCLES = 6000.0
 _TRANSFORM_CYCLES = {"input": 5.3, "output": 4.2, "filter": 4.0}
 """Cycles a point, for one vector of one tile (input, output) or of one row of filters: bound by moving V, M and U between the first two caches."""
 _NCHW_CYCLES = 5.0  # a pixel of one vector: the transpositions
-
-
-@dataclass(frozen=True)
-class Roles:
-    """A problem as a correlation with stride 1: grad_input reads the gradient of y with the filters turned and their channels exchanged."""
-
-    problem: ConvProblem
-
-    @property
-    def forward(self) -> bool:
-        return self.problem.direction == "forward"
-
-    @property
-    def source_channels(self) -> int:
-        return self.problem.c if self.forward else self.problem.k
-
-    @property
-    def out_channels(self) -> int:
-        return self.problem.k if self.forward else self.problem.c
-
-    @property
-    def source_size(self) -> tuple[int, int]:
-        return (self.problem.h, self.problem.w) if self.forward else (self.problem.p, self.problem.q)
-
-    @property
-    def out_size(self) -> tuple[int, int]:
-        return (self.problem.p, self.problem.q) if self.forward else (self.problem.h, self.problem.w)
-
-    @property
-    def before(self) -> tuple[int, int]:
-        """Padded rows above and columns left of the source."""
-        left, _, top, _ = self.problem.padding
-        return (top, left) if self.forward else (2 - top, 2 - left)
-
-    @property
-    def padding_mode(self) -> str:
-        return self.problem.padding_mode if self.forward else "zeros"
 
 
 @dataclass(frozen=True)
@@ -120,16 +84,18 @@ def choose_kept(problem: ConvProblem, target: Target, threads: int, algorithm: A
 
 def direct_cycles(problem: ConvProblem, cycles: float, threads: int) -> float:
     """Cycles of direct convolution from its own prediction (of all cores), and the way of its packed weights through memory."""
-    return cycles / threads + problem.c * problem.k * 9 * 4 / _WEIGHT_BYTES
+    return cycles / threads + problem.c * problem.k * problem.r * problem.s * 4 / _WEIGHT_BYTES
 
 
 def _tile_count(roles: Roles, algorithm: Algorithm) -> int:
-    height, width = roles.out_size
-    return roles.problem.n * -(-height // algorithm.m) * -(-width // algorithm.m)
+    tiles_p, tiles_q = roles.grid(algorithm.m)
+    return roles.problem.n * tiles_p * tiles_q
 
 
-def _even(total: int, size: int, threads: int) -> int:
-    """A size of blocks at most about ``size`` that shares ``total`` out evenly among the threads."""
+def _even(total: int, size: int, threads: int, group: int = 1) -> int:
+    """A size of blocks at most about ``size``, of whole groups, that shares ``total`` out evenly among the threads."""
+    if group > 1:
+        return group * _even(total // group, max(1, size // group), threads)
     blocks = -(-total // size)
     if blocks < 8 * threads:
         blocks = -(-blocks // threads) * threads
@@ -144,6 +110,7 @@ def candidates(problem: ConvProblem, target: Target, threads: int, algorithm: Al
     total_vectors = -(-roles.out_channels // lanes)
     most = 4 if target.registers > 16 else 3
     source = roles.source_channels
+    group = roles.groups[1] if problem.format == "nchw" else 1  # tiles of neighbouring columns are stored together
     chunk = reduction_piece(source)
     for largest in range(most, 1, -1):
         vectors = panel_vectors(total_vectors, largest, roles.out_channels % lanes != 0)
@@ -155,12 +122,12 @@ def candidates(problem: ConvProblem, target: Target, threads: int, algorithm: Al
         panels = -(-total_vectors // vectors)
         for size in sorted({min(tiles, max(rows, s)) for s in sizes} | {min(tiles, 16)}):
             for shares in sorted({1, min(panels, threads), panels}):
-                base = WinogradConfig(algorithm, "tiles", _even(tiles, size, threads if shares == 1 else 1), rows, vectors, shares, chunk, 16, 4)
+                base = WinogradConfig(algorithm, "tiles", _even(tiles, size, threads if shares == 1 else 1, group), rows, vectors, shares, chunk, 16, 4)
                 yield replace(base, cycles=predict(problem, target, threads, base))
         fitting = max(rows, target.l2 * 3 // 5 // (points * 4 * width))
         for size in sorted({min(tiles, fitting), min(tiles, 2 * fitting)}):
-            block = _even(tiles, size, 1)
-            base = WinogradConfig(algorithm, "filters", block, rows, vectors, 1, chunk, chunk, max(1, min(4, block)))
+            block = _even(tiles, size, 1, group)
+            base = WinogradConfig(algorithm, "filters", block, rows, vectors, 1, chunk, chunk, group * max(1, min(4, block) // group))
             yield replace(base, cycles=predict(problem, target, threads, base))
 
 

@@ -11,11 +11,11 @@ from ..codegen.numeric import Numeric
 from ..dispatch import Unsupported
 from ..problem import ConvProblem
 from . import target as targets
-from .geometry import padded_index
 from .plan import CpuPlan
 from .target import Target
 from .tile import PAGE, align, odd_lines
 from .winograd import refusal
+from .winograd_form import source_tables, tile_starts
 from .winograd_input import strip_bytes
 from .winograd_kernel import LINE
 from .winograd_transform import ERROR_LIMIT
@@ -70,8 +70,9 @@ def build_plan(problem: ConvProblem, target: Target, threads: int, config: Winog
     left, _, top, _ = problem.padding
     m = config.algorithm.m
     nhwc = problem.format == "nhwc"
-    image = _tables(problem.h, problem.w, problem.c, (top, left), (layout.tiles_p * m, layout.tiles_q * m), problem.padding_mode, nhwc)
-    gradient = _tables(problem.p, problem.q, problem.k, (0, 0), (layout.tiles_p * m, layout.tiles_q * m), "zeros", nhwc)
+    starts = tile_starts(layout.tiles_p, m, 1, 1), tile_starts(layout.tiles_q, m, 1, 1)
+    image = source_tables((problem.h, problem.w), problem.c, starts, config.algorithm.n, (1, 1), (top, left), problem.padding_mode, nhwc)
+    gradient = source_tables((problem.p, problem.q), problem.k, starts, m, (1, 1), (0, 0), "zeros", nhwc)
     values = _values(problem, numeric, config, layout, kernel)
     values |= _source("", problem.c, problem.h, problem.w, left, nhwc, image) | _source("gradient_", problem.k, problem.p, problem.q, 0, nhwc, gradient)
     values |= {"zeros": zeros.ctypes.data}
@@ -83,24 +84,13 @@ def build_plan(problem: ConvProblem, target: Target, threads: int, config: Winog
     return CpuPlan(problem, name, load(kernel.name, target, kernel.emit), ARGUMENTS.pack(threads, values), tables, layout.workspace, facts)
 
 
-def _tables(
-    height: int, width: int, channels: int, before: tuple[int, int], reach: tuple[int, int], mode: str, nhwc: bool
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Byte offsets of rows; byte offsets (nhwc) or indices (nchw) of columns; -1 for zero.  There are entries to read past the end."""
-    rows = padded_index(np.arange(reach[0] + 8, dtype=np.int64) - before[0], height, mode)
-    columns = padded_index(np.arange(reach[1] + 8, dtype=np.int64) - before[1], width, mode)
-    row_table = np.where(rows >= 0, rows * (width * _SIZE * (channels if nhwc else 1)), -1)
-    return row_table, np.where(columns >= 0, columns * (_SIZE * channels), -1) if nhwc else columns
-
-
 def _source(
     prefix: str, channels: int, height: int, width: int, before: int, nhwc: bool, tables: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]
 ) -> dict[str, int]:
     """The arguments of x or (with its prefix) of the gradient of y."""
-    column = _SIZE * (channels if nhwc else 1)
     values = {
         "source_channels": channels, "source_image": channels * height * width * _SIZE, "source_channel": _SIZE if nhwc else height * width * _SIZE,
-        "source_row": width * column, "source_column": column, "source_width": width, "column_before": before,
+        "source_width": width, "column_before": before,
         "row_table": tables[0].ctypes.data, "column_table": tables[1].ctypes.data,
     }  # fmt: skip
     return {prefix + name: value for name, value in values.items()}
