@@ -35,7 +35,7 @@ PROBLEMS = (
 """Problem, type, and whether its kernels multiply matrices (None: in nchw only)."""
 
 
-def compiled(capability: int) -> list[dict[str, object]]:
+def compiled(architecture: int | str) -> list[dict[str, object]]:
     """Facts of every kernel of every problem, direction and format, compiled in a process without the interpreter."""
     script = (
         "import json, sys\n"
@@ -44,34 +44,37 @@ def compiled(capability: int) -> list[dict[str, object]]:
         "from faltung.problem import ConvProblem\n"
         "from faltung.cuda import runtime\n"
         "order = json.load(sys.stdin)\n"
-        "if order['capability'] < 90:\n"
+        "architecture = order['architecture']\n"
+        "if architecture == 80:\n"
         "    runtime.DEFAULT = runtime.Device('NVIDIA A100', (8, 0), 108, 166912, 40 << 20)\n"
+        "if architecture == 'gfx942':\n"
+        "    runtime.DEFAULT = runtime.Device('AMD Instinct MI300X', (9, 4), 304, 65536, 4 << 20)\n"
         "for text in order['problems']:\n"
         "    plan = dispatch.plan(ConvProblem.parse(text), 'cuda')\n"
-        "    for kernel in compile_plan(plan, order['capability']):\n"
-        "        print(json.dumps({'problem': text, 'kernel': kernel.name, 'matrix': kernel.count('wgmma.mma_async', 'mma.sync'),\n"
+        "    for kernel in compile_plan(plan, architecture):\n"
+        "        print(json.dumps({'problem': text, 'kernel': kernel.name, 'matrix': kernel.count('wgmma.mma_async', 'mma.sync', 'v_mfma'),\n"
         "                          'stack': kernel.stack, 'shared': kernel.shared, 'registers': kernel.registers}))\n"
     )
     texts = []
     for position, (case, dtype, _) in enumerate(PROBLEMS):
         for direction in DIRECTIONS:
-            fmt = FORMATS[(position + DIRECTIONS.index(direction) + capability // 10) % 2]
+            fmt = FORMATS[(position + DIRECTIONS.index(direction) + (architecture == 90)) % 2]
             problem = replace(ConvProblem.parse(case), dtype=dtype, format=fmt, weight_format=fmt)
             texts.append(str(problem.with_direction(direction, bias=problem.epilogue.bias and direction != "grad_input")))
     environment = {**{k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}, "PYTHONPATH": os.pathsep.join(sys.path)}
-    order = json.dumps({"problems": texts, "capability": capability})
+    order = json.dumps({"problems": texts, "architecture": architecture})
     done = subprocess.run([sys.executable, "-c", script], input=order, capture_output=True, text=True, env=environment, timeout=540, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", (80, 90))
-def test_kernels_compile_without_a_device(capability: int) -> None:
-    rows = compiled(capability)
+@pytest.mark.parametrize("architecture", (80, 90, "gfx942"))
+def test_kernels_compile_without_a_device(architecture: int | str) -> None:
+    rows = compiled(architecture)
     assert len({row["problem"] for row in rows}) == 3 * len(PROBLEMS)
     assert len(rows) >= 4 * len(PROBLEMS)
-    limit = 227 if capability == 90 else 163
+    limit = {80: 163, 90: 227, "gfx942": 64}[architecture]
     for row in rows:
         assert row["stack"] == 0, f"registers spill: {row}"
         assert int(str(row["shared"])) <= limit << 10, f"too much shared memory: {row}"

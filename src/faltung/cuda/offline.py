@@ -32,21 +32,23 @@ _OPTIONS = ("num_warps", "num_stages")
 
 @dataclass(frozen=True)
 class Compiled:
-    """One kernel of a plan: its name, PTX, registers a thread, bytes of stack a thread (where registers spill) and of shared memory a program."""
+    """One kernel of a plan: its name, assembly (PTX of NVIDIA's, AMDGCN of AMD's), registers a thread, bytes of stack a thread (where registers spill) and
+    of shared memory a program."""
 
     name: str
-    ptx: str
+    assembly: str
     registers: int
     stack: int
     shared: int
 
     def count(self, *words: str) -> int:
-        """Occurrences of instructions in the PTX."""
-        return sum(self.ptx.count(word) for word in words)
+        """Occurrences of instructions in the assembly."""
+        return sum(self.assembly.count(word) for word in words)
 
 
-def compile_plan(plan: CudaPlan, capability: int = 90) -> list[Compiled]:
-    """Every launch of ``plan``, compiled for an NVIDIA GPU of this compute capability (80, 90, ...), in order, each kernel once."""
+def compile_plan(plan: CudaPlan, architecture: int | str = 90) -> list[Compiled]:
+    """Every launch of ``plan``, compiled for an NVIDIA GPU of this compute capability (80, 90, ...) or an AMD one of this name (``gfx942``, ...), in order,
+    each kernel once."""
     problem = plan.problem
     dtype = TORCH_DTYPES[problem.dtype]
     shapes = {"x": problem.input_shape, "w": problem.weight_shape, "y": problem.output_shape}
@@ -56,7 +58,7 @@ def compile_plan(plan: CudaPlan, capability: int = 90) -> list[Compiled]:
     side = torch.empty(problem.k, dtype=dtype, device="meta") if problem.epilogue.bias else None
     with _recorded() as launches:
         plan.run(tensors[first], tensors[second], side, tensors[last])
-    return [_compile(*launch, capability) for launch in launches.values()]
+    return [_compile(*launch, architecture) for launch in launches.values()]
 
 
 @contextmanager
@@ -98,10 +100,15 @@ def _specialized(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 
 def _compile(
-    kernel: Any, signature: dict[str, str], constants: dict[str, Any], attributes: dict[Any, Any], options: dict[str, int], capability: int
+    kernel: Any, signature: dict[str, str], constants: dict[str, Any], attributes: dict[Any, Any], options: dict[str, int], architecture: int | str
 ) -> Compiled:
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    if isinstance(architecture, str):
+        compiled = triton.compile(source, target=GPUTarget("hip", architecture, 64), options=options)
+        text = compiled.asm["amdgcn"]
+        registers, stack = (int(re.findall(rf"\.{name}:\s*(\d+)", text)[0]) for name in ("vgpr_count", "private_segment_fixed_size"))
+        return Compiled(kernel.__name__, text, registers, stack, compiled.metadata.shared)
+    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     registers, stack = _resources(compiled.asm["cubin"])
     return Compiled(kernel.__name__, compiled.asm["ptx"], registers, stack, compiled.metadata.shared)
 

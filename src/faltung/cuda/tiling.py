@@ -273,14 +273,20 @@ def banded_pays(problem: ConvProblem) -> None:
         raise Unsupported("dilated columns leave the band mostly zero")
 
 
-def choose_banded(problem: ConvProblem, device: Device) -> BandedConfig:  # noqa: ARG001
-    """64 columns, two output rows (four for kernels from 13 rows on), 128 row groups: the best for 7x7, 13x13 and 31x31 on an H100."""
+def choose_banded(problem: ConvProblem, device: Device) -> BandedConfig:
+    """64 columns, two output rows (four for kernels from 13 rows on), 128 row groups: the best for 7x7, 13x13 and 31x31 on an H100.
+
+    Three stages, fewer where shared memory does not hold them.
+    """
     columns = problem.w if problem.direction == "grad_input" else problem.q
     rows = (problem.h if problem.direction == "grad_input" else problem.p) if problem.stride[0] == 1 else problem.p
     bq = power_of_two(columns, 16, 64)
     rpt = 1 if rows == 1 or problem.dilation[0] > 1 else 2 if problem.r < 13 and bq == 64 else 4
     bm = power_of_two(problem.n * -(-rows // rpt), 16, 128 if DTYPES[problem.dtype] == 2 else 64)
-    return BandedConfig(bm, bq, 32 if DTYPES[problem.dtype] == 4 else 64 if columns > 32 else 32, rpt, 8 if bm * bq * rpt >= 128 * 128 else 4, 3)
+    bk = 32 if DTYPES[problem.dtype] == 4 else 64 if columns > 32 else 32
+    size = DTYPES[problem.dtype]
+    stages = max(1, min(3, (device.shared_bytes - bm * bk * size) // (rpt * bk * bq * size)))  # a stage holds a band for each output row
+    return BandedConfig(bm, bq, bk, rpt, 8 if bm * bq * rpt >= 128 * 128 else 4, stages)
 
 
 def banded_candidates(problem: ConvProblem, device: Device) -> list[BandedConfig]:
