@@ -13,7 +13,7 @@ __all__ = ["facts", "info"]
 
 
 def info() -> None:
-    """Print the processor, its instruction set, caches, threads, versions, the kernel cache and the GPU."""
+    """Print the processor, its instruction set, caches, measured rates, threads, versions, the kernel cache and the GPU."""
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
@@ -35,6 +35,7 @@ def facts() -> Iterator[tuple[str, str]]:
     yield "processor", cpu_name()
     yield "instruction set", f"{target.isa}: {target.registers} vector registers of {8 * target.vector_bytes} bits, generated for {target.cpu}"
     yield "caches of one core", f"L1 {target.l1 >> 10} KiB, L2 {target.l2 >> 10} KiB"
+    yield "rates", _rates(target.lanes("float"))
     yield "threads", f"{torch.get_num_threads()} (torch.set_num_threads changes it)"
     yield "GPU", _gpu()
     yield "faltung", " ".join(part for part in (__version__, commit()) if part)
@@ -46,6 +47,16 @@ def facts() -> Iterator[tuple[str, str]]:
     yield "kernel cache", f"{folder}, {cache_size() / (1 << 20):.1f} MiB" if folder else "none: no private folder can be written"
     options = config.current()
     yield "options", ", ".join(f"{option.name}={getattr(options, option.name)}" for option in fields(options) if option.init)
+
+
+def _rates(lanes: int) -> str:
+    """What :mod:`faltung.cpu.machine` measured, for people."""
+    from ..cpu.machine import machine
+
+    found = machine()
+    core = f"a core: {4e-9 * lanes / found.cycle:.0f} GFLOP/s in float32, reads L2 at {found.near / found.cycle * 1e-9:.0f} GB/s"
+    start = f", started in {found.fork * 1e6:.1f} us" if found.fork else ""
+    return f"{core}; {found.threads} cores: memory at {found.stream * 1e-9:.0f} GB/s{start}"
 
 
 def _gpu() -> str:
