@@ -111,21 +111,9 @@ def emit_taps(module: Module, lanes: Lanes, reach: Reach, step: int, spacing: in
 
         first = [f["source"] + q * step * lanes.pixel(f), weights0, f["out"] + q * f["out_step"]]
         if lanes.format == "nchw":
-            vector(f.value(0), *first)
-            return
-        full, rest = f["vectors"], first
-        if reach.whole and lanes.tail:
-            full = f.minimum(full, f["lanes_left"] // numeric.lanes)
-        if abreast > 1:
-            pairs = full // abreast * abreast
-            rest = f.loop(0, pairs, abreast, lambda v, x, w, out: vector(v, x, w, out, wide=abreast), rest)
-            rest = f.loop(pairs, full, 1, vector, rest)
+            vector(f.value(0), first[0], first[1], first[2])
         else:
-            rest = f.loop(0, full, 1, vector, rest)
-        if reach.whole and lanes.tail:
-            with f.when(full < f["vectors"]):
-                x, w, out = rest
-                vector(full, x, w, out, f.lane_mask(f["lanes_left"] - full * numeric.lanes, numeric.lanes))
+            _each_vector(f, lanes, reach.whole and lanes.tail, abreast, vector, first)
 
     def blocks() -> None:
         f.loop(0, f["n"], block, lambda q: pixels(f.minimum(q, f["n"] - block), block))
@@ -153,6 +141,22 @@ def emit_taps(module: Module, lanes: Lanes, reach: Reach, step: int, spacing: in
         singles()
     f.ret()
     return f
+
+
+def _each_vector(f: Function, lanes: Lanes, tail: bool, abreast: int, body: Callable[..., list[Value]], first: list[Value]) -> None:
+    """``body`` for the task's vectors, ``abreast`` at a time as long as there are so many; ``tail``: the last one under a mask where it is partial."""
+    full, rest = f["vectors"], first
+    if tail:
+        full = f.minimum(full, f["lanes_left"] // lanes.numeric.lanes)
+    done: Value = f.value(0)
+    if abreast > 1:
+        done = full // abreast * abreast
+        rest = f.loop(0, done, abreast, lambda v, x, w, out: body(v, x, w, out, wide=abreast), rest)
+    rest = f.loop(done, full, 1, body, rest)
+    if tail:
+        with f.when(full < f["vectors"]):
+            x, w, out = rest
+            body(full, x, w, out, f.lane_mask(f["lanes_left"] - full * lanes.numeric.lanes, lanes.numeric.lanes))
 
 
 def _ask_ahead(f: Function, x: Value, rows: int, entries: int, wide: int) -> None:
