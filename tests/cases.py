@@ -168,6 +168,23 @@ CASES: dict[str, tuple[str, ...]] = {
         "n1c4h9w1k4r5s1 g4 p2x0",
         "n1c5h7w9k5r2s4 g5 p1x2",
     ),
+    "few pixels": (
+        "n1c67h1w1k37r1s1",
+        "n1c16h1w1k8r1s1",
+        "n2c15h1w1k7r1s1",
+        "n3c33h1w1k270r1s1",  # rows of the weight: more than two pieces of a sum
+        "n4c130h1w1k9r1s1",
+        "n5c64h1w1k17r1s1",
+        "n9c31h1w1k12r1s1",
+        "n2c1030h1w1k3r1s1",  # a row longer than a piece
+        "n1c700h1w1k500r1s1",  # for two threads
+        "n33c5h1w1k3r1s1",
+        "n1c5h2w3k6r1s1",
+        "n1c9h5w13k11r1s1",  # 65 pixels
+        "n2c6h4w5k17r4s5",
+        "n1c3h2w2k4r2s2 st2",
+        "n3c5h1w7k9r1s7",
+    ),
     # Each line once gave a wrong answer; its comment says why.
     "regressions": ("n1c1h1w1k2r1s1 p1 st2",),
 }
@@ -189,6 +206,8 @@ TARGET_CASES: tuple[str, ...] = (
     "n1c18h7w9k17r3s3 p1",
     "n1c17h9w14k18r3s3 p2 d2",
     "n1c16h6w7k16r3s3 p1 g8",
+    "n5c21h1w1k37r1s1",
+    "n2c5h3w4k9r3s4",
 )
 """What is run on every instruction set of the machine: one problem for every way through the generators."""
 

@@ -23,6 +23,15 @@ def _winograd(p: ConvProblem) -> bool:
     return p.dtype == "f32" and dense_3x3 and dilation and min(p.c, p.k) >= 16 and _zero_padded(p)
 
 
+def _matrices(p: ConvProblem) -> bool:
+    """Whether the weight and the pixels are matrices in memory as they lie."""
+    if p.g != 1 or any(p.padding):
+        return False
+    if (p.r, p.s) == (p.h, p.w):
+        return p.dilation == (1, 1) and (p.format == p.weight_format or (p.r, p.s) == (1, 1))
+    return (p.r, p.s, p.stride) == (1, 1, (1, 1)) and p.format == "nhwc"
+
+
 TAKES: dict[str, Predicate] = {
     "direct": _zero_padded,
     "folded": lambda p: not _zero_padded(p),
@@ -32,7 +41,7 @@ TAKES: dict[str, Predicate] = {
 }
 """Implementations that take exactly these problems when asked for by name."""
 
-MAY_TAKE: dict[str, Predicate] = {"grouped": lambda p: _zero_padded(p) and p.g > 1 and not p.depthwise}
+MAY_TAKE: dict[str, Predicate] = {"gemv": _matrices, "grouped": lambda p: _zero_padded(p) and p.g > 1 and not p.depthwise}
 """Implementations that refuse where they would not pay, and the only problems that they may take."""
 
 BOUNDS = {"winograd": 1e-5}

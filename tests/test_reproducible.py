@@ -25,6 +25,8 @@ CASES = (
     "n3c3h5w6k4r3s3 p1,2,0,1 reflect",
     "n3c8h33w35k8r3s3 p1",
     "n3c48h20w20k48r3s3 p1",
+    "n3c67h1w1k37r1s1",
+    "n7c700h1w1k300r1s1",
 )
 THREADS = (2, 3, 4)
 

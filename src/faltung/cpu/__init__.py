@@ -7,6 +7,7 @@ from .depthwise import DEPTHWISE
 from .direct import DIRECT
 from .direct_weight import DIRECT_WEIGHT
 from .folded import FOLDED
+from .gemv import GEMV
 from .grouped import GROUPED
 from .pointwise import POINTWISE
 from .winograd import WINOGRAD
@@ -14,5 +15,5 @@ from .winograd_weight import WINOGRAD_WEIGHT
 
 __all__ = ["IMPLEMENTATIONS"]
 
-IMPLEMENTATIONS: tuple[Implementation, ...] = (FOLDED, DEPTHWISE, GROUPED, POINTWISE, WINOGRAD, WINOGRAD_WEIGHT, DIRECT, DIRECT_WEIGHT)
+IMPLEMENTATIONS: tuple[Implementation, ...] = (FOLDED, DEPTHWISE, GROUPED, GEMV, POINTWISE, WINOGRAD, WINOGRAD_WEIGHT, DIRECT, DIRECT_WEIGHT)
 """In order of preference."""

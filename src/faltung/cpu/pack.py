@@ -162,7 +162,7 @@ def _pack_rows(f: Function, a: Arguments, numeric: Numeric, step: int, second: b
                         f.branch(column >= 0, inside, lambda: f.store(f.zero(numeric.compute), target + x * size))
 
                     f.loop(0, start, 1, border)
-                    _copy_columns(f, numeric, line + first, target, start, stop, distance)
+                    _copy_columns(f, numeric, line + first, target, start, stop, distance, source_channel * 2)
                     f.loop(stop, slab["length"], 1, border)
 
                 f.branch(offset >= 0, copy, lambda: zero_run(f, numeric, target, slab["length"]))
@@ -174,7 +174,7 @@ def _pack_rows(f: Function, a: Arguments, numeric: Numeric, step: int, second: b
     f.loop(0, f["channels"] if terms == 1 else (f["channels"] + 1) // 2, 1, channel)
 
 
-def _copy_columns(f: Function, numeric: Numeric, line: Value, target: Value, start: Value, stop: Value, step: Scalar) -> None:
+def _copy_columns(f: Function, numeric: Numeric, line: Value, target: Value, start: Value, stop: Value, step: Scalar, ahead: Value) -> None:
     """Columns ``start .. stop - 1``, ``step`` source elements apart; entry ``x`` is at ``line + x * step``."""
     size, memory, lanes = numeric.compute_bytes, numeric.memory_bytes, numeric.lanes
     if isinstance(step, int) and step == 1:
@@ -192,6 +192,8 @@ def _copy_columns(f: Function, numeric: Numeric, line: Value, target: Value, sta
     first = line + start * (2 * memory)
     place = target + start * size
     even = range(0, 2 * lanes, 2)
+    for line_ahead in (0, 64):
+        f.prefetch(first + ahead + line_ahead)
     # The second of two vectors ends one element behind the last column wanted, so the last block is read under a mask.
     blocks = f.maximum(count - 1, 0) // lanes
 
