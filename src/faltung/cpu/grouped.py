@@ -26,6 +26,8 @@ __all__ = ["GROUPED", "Grouped", "GroupedConfig", "choose_config", "lanes_of"]
 
 _SLACK = 4096
 _STRIDED_VECTORS = 16
+_PARTS, _MOST_READ = 2, 32  # vectors of a group's results, and channels that it reads
+_WHOLE_PIXELS = 1024  # 64 KB with 16 float32 lanes
 _TERMS = 1024  # of one sum, a chain of roundings
 
 
@@ -43,7 +45,7 @@ class GroupedConfig:
 def lanes_of(problem: ConvProblem, numeric: Numeric) -> Lanes:
     """The lanes over the channels that the direction produces (grad_weight: output channels)."""
     out, source = (problem.cg, problem.kg) if problem.direction == "grad_input" else (problem.kg, problem.cg)
-    return Lanes.choose(numeric, out, source, problem.g)
+    return Lanes.choose(numeric, out, source, problem.g, problem.direction != "grad_weight")
 
 
 def check(problem: ConvProblem, target: Target) -> Lanes:
@@ -56,17 +58,18 @@ def check(problem: ConvProblem, target: Target) -> Lanes:
         raise Unsupported("grad_input in this padding mode is padded_grad_input's")
     numeric = Numeric(problem.dtype, target)
     out, source = (problem.cg, problem.kg) if problem.direction == "grad_input" else (problem.kg, problem.cg)
-    if out > numeric.lanes:
+    lanes = lanes_of(problem, numeric)
+    if out > numeric.lanes and not (lanes.single and out % numeric.lanes == 0 and out <= _PARTS * numeric.lanes):
         raise Unsupported(f"{out} channels of a group are more than a vector's {numeric.lanes} lanes")
-    if source > 16:
-        raise Unsupported(f"a group reads {source} channels, more than 16")
+    most = _MOST_READ if lanes.single else 16
+    if source > most:
+        raise Unsupported(f"a group reads {source} channels, more than {most}")
     if problem.r * problem.s * source > _TERMS:
         raise Unsupported(f"sums of {problem.r * problem.s * source} terms are longer than {_TERMS}")
     strided_gradient = problem.direction == "grad_input" and max(problem.stride) > 1
     if numeric.pairs and problem.direction != "grad_weight" and (source >= 12 or (problem.format == "nchw" and source >= 8 and not strided_gradient)):
         # Measured on 16 channels a group 1.3 to 1.8 times as fast, on 8 channels in nchw 1.05 to 1.2 times.
         raise Unsupported("direct multiplies pairs of bfloat16, which is faster here")
-    lanes = Lanes.choose(numeric, out, source, problem.g)
     if lanes.source_width > 4 * lanes.lanes:
         raise Unsupported(f"a vector's groups read {lanes.source_width} channels, more than four vectors")
     if lanes.efficiency < 0.5:
@@ -154,7 +157,7 @@ def _touched(problem: ConvProblem, lanes: Lanes, rows: Axis) -> int:
 
 def _configure(problem: ConvProblem, target: Target, threads: int, lanes: Lanes, taps: int, rows: Axis, columns: Axis) -> GroupedConfig:
     used = max((len(c.shape) for phase in columns.phases for c in chunks(phase.taps, taps)), default=1)
-    block = _choose_block(target, lanes.unit, used, counts(rows), counts(columns))
+    block = _choose_block(target, lanes.source if lanes.single else lanes.unit, used, counts(rows), counts(columns))
     scratch = rows.scratch_starts[-1] * columns.scratch_starts[-1]
     row_taps, column_taps = sum(len(p.taps) for p in rows.phases), sum(len(p.taps) for p in columns.phases)
     pixels = rows.tile * columns.tile
@@ -167,6 +170,7 @@ def _configure(problem: ConvProblem, target: Target, threads: int, lanes: Lanes,
     # Strided layers in nhwc take as many as there are, in tiles of a few rows that stay in the cache meanwhile: 256 channels in groups of 8 at 56x56 to 28x28
     # take 2.4 instead of 2.9 ms forward and 1.9 instead of 3.5 ms for the input's gradient; at stride 1 nothing is gained.
     vectors = max(1, min(_STRIDED_VECTORS if _strided(problem) else 4, lanes.vectors, tiles * lanes.vectors // (8 * threads)))
+    vectors = -(-vectors // lanes.parts) * lanes.parts
     tasks = tiles * -(-lanes.vectors // vectors)
     cycles = math.ceil(tasks / threads) * threads * vectors * (work + overhead + pack + 400.0)
     return GroupedConfig((rows.tile, columns.tile), block, taps, vectors, cycles)
@@ -176,8 +180,14 @@ class _Phases:
     """Phases as records of the kernel, with the tables that they point to."""
 
     def __init__(self, problem: ConvProblem, lanes: Lanes, config: GroupedConfig, tile: GroupedTile, rows: Axis, columns: Axis) -> None:
-        strides = weight_strides(problem)
+        strides, numeric = weight_strides(problem), Numeric(problem.dtype, targets.target())
         channel = strides[0] if problem.direction == "grad_input" else strides[1]
+        forward, memory = problem.direction == "forward", DTYPES[problem.dtype]
+        neighbours = problem.weight_format == "nchw"
+        self.weights = "runs" if forward or neighbours else "vectors" if lanes.single else "terms"
+        # A run: all weights of an output channel, or (grad_input) those of one output channel and one input channel.
+        self.runs, self.run_length = (1, problem.cg * problem.r * problem.s) if forward else (problem.kg, problem.r * problem.s)
+        self._run_offsets = (np.arange(self.runs)[:, None] * strides[0] + np.arange(self.run_length) * memory).reshape(-1)
         parts = [chunks(phase.taps, config.taps) for phase in columns.phases]
         shapes: list[Shapes] = [tuple(dict.fromkeys(chunk.shape for chunk in part)) for part in parts]
         self.kinds = tuple(dict.fromkeys(shapes))
@@ -193,13 +203,17 @@ class _Phases:
                     offsets = []
                     for chunk in (c for c in part if c.shape == shape):
                         for tap in row.taps:
-                            for h in range(lanes.planes):
-                                offsets.append(tile.offset(tap, chunk, h))
+                            for h, (plane, place) in enumerate(lanes.steps(numeric.compute_bytes)):
+                                offsets.append(tile.offset(tap, chunk, plane) + place)
                                 weights += self._terms(lanes, chunk, tap.kernel_index * strides[2], strides[3], channel, h)
                     table = np.array(offsets, dtype=np.int64)
                     self.tables.append(table)
                     tail += [len(offsets), table.ctypes.data]
                 table = np.array(weights, dtype=np.int64)
+                if self.weights == "runs":
+                    order = np.searchsorted(self._run_offsets, table)
+                    table = np.full(len(self._run_offsets), -1, np.int64)
+                    table[order] = np.arange(len(order)) * tile.vector
                 self.tables.append(table)
                 head = (self.kinds.index(mine), len(weights), table.ctypes.data, self.packed_bytes, row.start, row.count, column.start, column.count)
                 records.append([*head, *tail, *[0] * (2 * (most - len(mine)))])
@@ -230,6 +244,12 @@ class Grouped:
 GROUPED = Grouped()
 
 
+def whole_planes(fmt: str, rows: Axis, columns: Axis, lanes: int) -> bool:
+    """Whether planes are transposed as wholes: where their rows are short or every second column is read, rows one by one fill few lanes."""
+    one = rows.tile == rows.count and columns.tile == columns.count
+    return fmt == "nchw" and one and (columns.size < 2 * lanes or columns.step > 1) and rows.size * columns.size <= _WHOLE_PIXELS
+
+
 def build_plan(problem: ConvProblem, target: Target, threads: int, config: GroupedConfig, name: str = "grouped") -> CpuPlan:
     """Tables, kernel and argument block of a configuration."""
     numeric = Numeric(problem.dtype, target)
@@ -238,11 +258,13 @@ def build_plan(problem: ConvProblem, target: Target, threads: int, config: Group
     rows, columns = axes(problem, config.tile)
     vector = numeric.lanes * numeric.compute_bytes
     source, out = pitches(problem, forward), pitches(problem, not forward)
-    tile = GroupedTile(rows, columns, lanes.planes, vector, source)
+    whole = whole_planes(problem.format, rows, columns, numeric.lanes)
+    tile = GroupedTile(rows, columns, lanes.planes, vector, source, lanes.expansion().loads if whole else 0)
     phases = _Phases(problem, lanes, config, tile, rows, columns)
     kernel = GroupedKernel(
         target, problem.dtype, problem.format, lanes.out, lanes.source, lanes.unit, lanes.partial, phases.kinds, min(columns.step, 3), *config.block,
         any(split_count(count, config.block[0])[1] for count in counts(rows)), any(split_count(count, config.block[1])[1] for count in counts(columns)),
+        lanes.single, whole, phases.weights,
     )  # fmt: skip
     out_rows, out_columns = (problem.p, problem.q) if forward else (problem.h, problem.w)
     p_tiles, q_tiles = -(-rows.count // config.tile[0]), -(-columns.count // config.tile[1])
@@ -265,7 +287,9 @@ def build_plan(problem: ConvProblem, target: Target, threads: int, config: Group
         "phase_bytes": phases.size, "row_phases": len(rows.phases), "column_phases": len(columns.phases), "p_tiles": p_tiles, "q_tiles": q_tiles,
         "tile_p": config.tile[0], "tile_q": config.tile[1], "source_channels": problem.g * lanes.source, "out_channels": problem.g * lanes.out,
         "source_image": source[0], "out_image": out[0], "out_rows": out_rows, "out_columns": out_columns, "out_row": out[2], "out_column": out[3],
-        "out_channel": out[1], "weight_vector": lanes.per_vector * problem.kg * strides[0], "lane_offsets": lane_offsets.ctypes.data,
+        "out_channel": out[1], "weight_vector": lanes.per_vector * problem.kg * strides[0], "weight_part": lanes.lanes * strides[0 if forward else 1],
+        "runs": phases.runs, "run_length": phases.run_length, "run_pitch": strides[0],
+        "lane_offsets": lane_offsets.ctypes.data,
         "bias_at": phases.packed_bytes, "has_bias": int(problem.epilogue.bias and forward), "scratch_at": scratch_at, "scratch_size": scratch_size,
         "c_at": c_at, "c_width": c_width, "prefetch_rows": -(-rows.scratch_starts[-1] // config.tile[0]),
     }  # fmt: skip

@@ -29,21 +29,23 @@ Shapes = tuple[tuple[int, ...], ...]
 """The distinct chunks of a column phase: the shifts of their taps."""
 
 PHASE_FIELDS = ("kind", "terms", "weights", "panel", "row_start", "row_count", "column_start", "column_count")
-"""A phase: the number of its column phase's shapes among the kernel's kinds; the length of its sum; the weight's byte offset of each term; the place of
-its weights in the workspace; the outputs it covers.  Behind them, for each shape: how many chunks, kernel rows and planes it is used for, and the
-address of the tile's byte offsets of those."""
+"""A phase: the number of its column phase's shapes among the kernel's kinds; the length of its sum; the weight's byte offset of each term (where they
+are packed by runs: of each weight of the runs, the byte offset of its term among the packed ones, or -1); the place of its weights in the workspace; the
+outputs it covers.  Behind them, for each shape: how many chunks, kernel rows and planes it is used for, and the address of the tile's byte offsets of
+those."""
 
 ARGUMENTS = ArgumentBlock(
     (
         *("source_" + name for name in TILE_FIELDS),
         "pack_tasks", "tasks", "vectors", "vector_blocks", "block_vectors", "phases", "phase_bytes", "row_phases", "column_phases", "p_tiles",
         "q_tiles", "tile_p", "tile_q", "source_channels", "out_channels", "source_image", "out_image", "out_rows", "out_columns", "out_row",
-        "out_column", "out_channel", "weight_vector", "lane_offsets", "bias_at", "has_bias", "scratch_at", "scratch_size", "c_at", "c_width",
-        "prefetch_rows",
+        "out_column", "out_channel", "weight_vector", "weight_part", "lane_offsets", "runs", "run_length", "run_pitch", "bias_at", "has_bias", "scratch_at",
+        "scratch_size", "c_at", "c_width", "prefetch_rows",
     )
 )  # fmt: skip
-"""Pitches are bytes.  A task is a tile of ``block_vectors`` vectors.  ``weight_vector``: from one vector's weights to the next one's; ``lane_offsets``: a
-vector's lanes in the weight.  ``c_at``: where a thread's scratch holds the results of a tile before they go to nchw, ``c_width`` pixels a row.
+"""Pitches are bytes.  A task is a tile of ``block_vectors`` vectors.  ``weight_vector``: from one vector's weights to the next one's (of the next
+group, where a group takes several: those are ``weight_part`` apart); ``lane_offsets``: a vector's lanes in the weight; ``runs``: of neighbours in memory,
+``run_length`` weights of a lane each.  ``c_at``: where a thread's scratch holds the results of a tile before they go to nchw, ``c_width`` pixels a row.
 ``prefetch_rows``: scratch rows of the next tile that are asked for with each row of the first phase."""
 
 
@@ -55,8 +57,9 @@ def shapes_name(shapes: Shapes) -> str:
 class GroupedKernel:
     """What a kernel is made for; everything else is an argument.
 
-    ``out``, ``source``, ``unit``, ``partial``: see :class:`Lanes`.  ``kinds``: the shapes of each kind of column phase.  A block is ``rows`` x
+    ``out``, ``source``, ``unit``, ``partial``, ``single``: see :class:`Lanes`.  ``kinds``: the shapes of each kind of column phase.  A block is ``rows`` x
     ``columns`` pixels, with pieces one smaller where ``narrow_*`` say so.  ``step``: of the source's columns, 3 for any above 2.
+    ``whole``: see :func:`emit_pack`.  ``weights``: how a lane's are packed, in ``runs`` of neighbours or by ``terms``, of which all lanes may be ``vectors``.
     """
 
     target: Target
@@ -72,20 +75,24 @@ class GroupedKernel:
     columns: int
     narrow_rows: bool
     narrow_columns: bool
+    single: bool
+    whole: bool
+    weights: str
 
     @property
     def name(self) -> str:
         kinds = "_".join(map(shapes_name, self.kinds))
-        flags = "".join(letter for letter, set_ in zip("prc", (self.partial, self.narrow_rows, self.narrow_columns)) if set_)
+        flags = "".join(letter for letter, set_ in zip("prcw", (self.partial, self.narrow_rows, self.narrow_columns, self.whole)) if set_)
         block = f"{self.rows}x{self.columns}{'_' + flags if flags else ''}"
-        return f"grouped_{self.dtype}_{self.format}_{self.source}to{self.out}_u{self.unit}_{kinds}_st{self.step}_{block}_{self.target.isa}"
+        channels = f"{self.source}to{self.out}_u{'s' if self.single else self.unit}"
+        return f"grouped_{self.dtype}_{self.format}_{channels}_{kinds}_st{self.step}_{self.weights}_{block}_{self.target.isa}"
 
     @property
     def lanes(self) -> Lanes:
         """The lanes, of as many groups as fill one vector (one more where the last vector is partial)."""
         lanes = Numeric(self.dtype, self.target).lanes
-        per_vector = lanes // self.out
-        return Lanes(lanes, self.out, self.source, per_vector + (1 if self.partial else 0), self.unit)
+        per_vector = max(1, lanes // self.out)
+        return Lanes(lanes, self.out, self.source, per_vector + (1 if self.partial else 0), self.unit, self.single)
 
     def emit(self) -> str:
         """The module's IR text; its entry point is ``entry``."""
@@ -125,7 +132,10 @@ def _emit_block(module: Module, numeric: Numeric, lanes: Lanes, shapes: Shapes, 
                         used = [(t, x - shift) for t, shift in enumerate(shape) if 0 <= x - shift < columns]
                         if not used:
                             continue
-                        value = f.load(line + x * vector, numeric.vector)
+                        if lanes.single:
+                            value = f.splat(f.load(line + x * vector, numeric.compute), numeric.lanes)
+                        else:
+                            value = f.load(line + x * vector, numeric.vector)
                         if lanes.unit > 1:
                             value = f.shuffle(value, None, lanes.broadcast(j))
                         for t, q in used:
@@ -155,7 +165,7 @@ class _Builder:
         self.kernel, self.numeric, self.lanes = kernel, numeric, kernel.lanes
         self.vector = numeric.lanes * numeric.compute_bytes
         self.in_place = kernel.format == "nhwc"
-        self.pack = emit_pack(module, ARGUMENTS, numeric, self.lanes.expansion(), kernel.format, kernel.step, "source_")
+        self.pack = emit_pack(module, ARGUMENTS, numeric, self.lanes.expansion(), kernel.format, kernel.step, "source_", kernel.whole)
         self.prefetch = emit_prefetch(module, ARGUMENTS, numeric, self.lanes.source_width, kernel.format, "source_")
         self.flush = None if self.in_place else emit_flush(module, numeric, self.lanes.masked)
         self.row_sizes = (kernel.rows, kernel.rows - 1)[: 2 if kernel.narrow_rows else 1]
@@ -167,6 +177,11 @@ class _Builder:
             for columns in self.column_sizes
         }
 
+    def split(self, v: Value) -> tuple[Value, Value | int]:
+        """Which groups' vector it is, and which part of it."""
+        parts = self.lanes.parts
+        return (v, 0) if parts == 1 else (v // parts, v % parts)
+
     def phase(self, f: Function, task: Task, index: Value) -> dict[str, Value]:
         address = task.table("phases") + index * task["phase_bytes"]
         phase = {name: f.load(address + 8 * i) for i, name in enumerate(PHASE_FIELDS)}
@@ -174,26 +189,16 @@ class _Builder:
         return phase
 
     def pack_stage(self, f: Function, task: Task) -> Callable[[Value], None]:
-        """The weights of one phase and vector, a lane at a time; zero in lanes without a channel."""
+        """The weights of one phase and vector, and its bias; the lanes without a channel are not defined."""
         numeric, size, memory, width = self.numeric, self.numeric.compute_bytes, self.numeric.memory_bytes, self.lanes.width
 
         def body(index: Value) -> None:
             v, phase = index % task["vectors"], self.phase(f, task, index // task["vectors"])
             valid = f.minimum(task["out_channels"] - v * width, width)
-            weight, lane_offsets = task.operand("other") + v * task["weight_vector"], task.table("lane_offsets")
             target = task.workspace + phase["panel"] + v * phase["terms"] * self.vector
-            offsets = f.to_pointer(phase["weights"])
-
-            def term(t: Value) -> None:
-                source, place = weight + f.load_index(offsets, t), target + t * self.vector
-
-                def lane(i: Value) -> None:
-                    f.store(numeric.load(f, source + f.load_index(lane_offsets, i), 1), place + i * size)
-
-                f.store(f.zero(numeric.vector), place)
-                f.loop(0, valid, 1, lane)
-
-            f.loop(0, phase["terms"], 1, term)
+            group, part = self.split(v)
+            weight = task.operand("other") + group * task["weight_vector"] + task["weight_part"] * part
+            (self.pack_runs if self.kernel.weights == "runs" else self.pack_terms)(f, task, phase, weight, target, valid)
             with f.when(index < task["vectors"]):
                 place = task.workspace + task["bias_at"] + v * self.vector
                 source = task.operand("bias") + v * (width * memory)
@@ -202,6 +207,55 @@ class _Builder:
                 f.loop(0, known, 1, lambda i: f.store(numeric.load(f, source + i * memory, 1), place + i * size))
 
         return body
+
+    def pack_terms(self, f: Function, task: Task, phase: dict[str, Value], weight: Value, target: Value, valid: Value) -> None:
+        """Term by term, a lane at a time, or all of them where they are neighbours."""
+        numeric, size = self.numeric, self.numeric.compute_bytes
+        lane_offsets, offsets = task.table("lane_offsets"), f.to_pointer(phase["weights"])
+        mask = f.lane_mask(valid, numeric.lanes)
+
+        def term(t: Value) -> None:
+            source, place = weight + f.load_index(offsets, t), target + t * self.vector
+
+            def lane(i: Value) -> None:
+                f.store(numeric.load(f, source + f.load_index(lane_offsets, i), 1), place + i * size)
+
+            if self.kernel.weights == "vectors":
+                f.store(numeric.load(f, source, numeric.lanes, mask), place)
+                return
+            f.store(f.zero(numeric.vector), place)
+            f.loop(0, valid, 1, lane)
+
+        f.loop(0, phase["terms"], 1, term)
+
+    def pack_runs(self, f: Function, task: Task, phase: dict[str, Value], weight: Value, target: Value, valid: Value) -> None:
+        """A lane's weights are runs of memory: blocks of them are transposed, and each goes to its term's place, if the phase has it."""
+        numeric, lanes = self.numeric, self.numeric.lanes
+        length, places = task["run_length"], f.to_pointer(phase["weights"])
+        rows = [weight + f.load_index(task.table("lane_offsets"), f.minimum(valid - 1, lane)) for lane in range(lanes)]
+
+        def put(value: Value, index: Value) -> None:
+            place = f.load_index(places, index)
+            with f.when(place >= 0):
+                f.store(value, target + place)
+
+        def run(number: Value) -> None:
+            def block(first: Value, count: Value | None) -> None:
+                mask = None if count is None else f.lane_mask(count, lanes)
+                at = number * task["run_pitch"] + first * numeric.memory_bytes
+                for i, value in enumerate(f.transpose([numeric.load(f, row + at, lanes, mask) for row in rows])):
+                    if count is None:
+                        put(value, number * length + first + i)
+                    else:
+                        with f.when(count > i):
+                            put(value, number * length + i)
+
+            def many() -> None:
+                f.loop(0, length, lanes, lambda i: block(f.minimum(i, length - lanes), None))
+
+            f.branch(length >= lanes, many, lambda: block(f.value(0), length))
+
+        f.loop(0, task["runs"], 1, run)
 
     def compute_stage(self, f: Function, task: Task) -> Callable[[Value], None]:
         scratch = task.workspace + task["scratch_at"] + task.thread * task["scratch_size"]
@@ -231,13 +285,19 @@ class _Builder:
         return t
 
     def source(self, task: Task, image: Value, v: Value) -> Value:
-        return task.operand("source") + image * task["source_image"] + v * task["source_channel"] * self.lanes.source_width
+        return task.operand("source") + image * task["source_image"] + self.split(v)[0] * task["source_channel"] * self.lanes.source_width
 
     def tile(self, f: Function, task: Task, t: dict[str, Value], following: dict[str, Value]) -> None:
         """One tile of one vector; ``following`` is what this thread packs next."""
         lanes = self.lanes
-        known = f.minimum(task["source_channels"] - t["v"] * lanes.source_width, lanes.source_width)
-        f.call(self.pack, [f.to_pointer(f.load(f["context"])), self.source(task, t["image"], t["v"]), t["tile"], t["p0"], t["q0"], known])
+        group, part = self.split(t["v"])
+        known = f.minimum(task["source_channels"] - group * lanes.source_width, lanes.source_width)
+        packing = [f.to_pointer(f.load(f["context"])), self.source(task, t["image"], t["v"]), t["tile"], t["p0"], t["q0"], known]
+        if isinstance(part, int):
+            f.call(self.pack, packing)
+        else:  # the parts of a group read the same tile
+            with f.when(part.equals(0)):
+                f.call(self.pack, packing)
         t["valid"] = f.minimum(task["out_channels"] - t["v"] * lanes.width, lanes.width)
         out = task.operand("out") + t["image"] * task["out_image"] + t["v"] * task["out_channel"] * lanes.width
         row, column = t["p0"] * task["row_phases"], t["q0"] * task["column_phases"]

@@ -20,12 +20,12 @@ __all__ = ["TILE_FIELDS", "Chunk", "Expansion", "GroupedTile", "Lanes", "chunks"
 
 TILE_FIELDS = (
     "channel", "column", "rows", "positions", "row_table", "slabs", "slab_table", "column_table", "plane", "row", "step",
-    "first_column", "column_span", "columns",
+    "first_column", "column_span", "columns", "pixels", "copy",
 )  # fmt: skip
 """What packing a tile needs to know: byte pitches of the source's channels and columns; scratch rows and their positions in the table of source rows
 (byte offsets, -1 for zero); column slabs, their facts and the table of source columns (-1 for zero); byte pitches of the tile's planes and rows; the
 distance of the source columns that neighbouring outputs read; the first source column of the tile at output column 0, how many columns from there on a
-tile spans, and how many there are."""
+tile spans, and how many there are; the image's pixels, and the place of its transposed copy behind the tile."""
 
 
 @dataclass(frozen=True)
@@ -51,17 +51,24 @@ def identity(lanes: int, masked: bool) -> Expansion:
 
 @dataclass(frozen=True)
 class Lanes:
-    """``lanes`` of a vector, ``out`` channels produced and ``source`` channels read by a group, ``groups`` of them."""
+    """``lanes`` of a vector, ``out`` channels produced and ``source`` channels read by a group, ``groups`` of them.
+
+    ``single``: a vector is one group, or one of several parts of one.  All its lanes then need the same source channel, which a broadcast of one element
+    of memory gives without planes: scratch holds the source's vectors as they are (``unit`` is 1).
+    """
 
     lanes: int
     out: int
     source: int
     groups: int
     unit: int
+    single: bool = False
 
     @classmethod
-    def choose(cls, numeric: Numeric, out: int, source: int, groups: int) -> Lanes:
-        """The lanes with the longest runs that 16 bytes hold."""
+    def choose(cls, numeric: Numeric, out: int, source: int, groups: int, gathers: bool = False) -> Lanes:
+        """The lanes with the longest runs that 16 bytes hold.  ``gathers``: forward or grad_input, which can do with elements of memory."""
+        if gathers and 2 * out > numeric.lanes:
+            return cls(numeric.lanes, out, source, groups, 1, single=True)
         unit = 16 // numeric.compute_bytes
         while out % unit or source % unit:
             unit //= 2
@@ -69,17 +76,22 @@ class Lanes:
 
     @property
     def per_vector(self) -> int:
-        """Groups of one vector."""
-        return self.lanes // self.out
+        """Groups of one vector, or of the parts of one group."""
+        return max(1, self.lanes // self.out)
+
+    @property
+    def parts(self) -> int:
+        """Vectors that one group takes, where it is wider than one."""
+        return max(1, -(-self.out // self.lanes))
 
     @property
     def vectors(self) -> int:
-        return -(-self.groups // self.per_vector)
+        return -(-self.groups // self.per_vector) * self.parts
 
     @property
     def width(self) -> int:
         """Lanes in use."""
-        return self.per_vector * self.out
+        return min(self.per_vector * self.out, self.lanes)
 
     @property
     def source_width(self) -> int:
@@ -88,7 +100,14 @@ class Lanes:
 
     @property
     def planes(self) -> int:
-        return self.source // self.unit
+        """Vectors of a pixel in scratch."""
+        return -(-self.source // self.lanes) if self.single else self.source // self.unit
+
+    def steps(self, size: int) -> list[tuple[int, int]]:
+        """Plane, and place in its vectors in bytes, of each step of a sum; ``size`` bytes an element."""
+        if self.single:
+            return [(i // self.lanes, i % self.lanes * size) for i in range(self.source)]
+        return [(h, 0) for h in range(self.planes)]
 
     @property
     def partial(self) -> bool:
@@ -106,6 +125,9 @@ class Lanes:
         return self.groups * self.out / (self.vectors * self.lanes)
 
     def expansion(self) -> Expansion:
+        if self.single:
+            whole = tuple(tuple(h * self.lanes + lane for lane in range(self.lanes)) for h in range(self.planes))
+            return Expansion(whole, self.planes, self.source % self.lanes != 0)
         groups = [lane // self.out if lane < self.width else 0 for lane in range(self.lanes)]
         picks = tuple(tuple(g * self.source + h * self.unit + lane % self.unit for lane, g in enumerate(groups)) for h in range(self.planes))
         return Expansion(picks, -(-self.source_width // self.lanes), self.partial or self.source_width % self.lanes != 0)
@@ -146,16 +168,20 @@ def chunks(taps: Sequence[Tap], most: int) -> list[Chunk]:
 class GroupedTile:
     """A tile in scratch, ``[column slab][plane][row][column][lanes]``; ``slab plane row`` are byte pitches, ``bytes`` its size.
 
-    ``source``: the gathered operand's byte pitches (image, channel, row, column); ``vector`` the bytes of a vector.
+    ``source``: the gathered operand's byte pitches (image, channel, row, column); ``vector`` the bytes of a vector.  ``copied``: vectors of channels of the
+    transposed copy of the image that lies behind the tile, 0 where there is none.
     """
 
-    def __init__(self, rows: Axis, columns: Axis, planes: int, vector: int, source: tuple[int, int, int, int]) -> None:
+    def __init__(self, rows: Axis, columns: Axis, planes: int, vector: int, source: tuple[int, int, int, int], copied: int = 0) -> None:
         self._rows, self._columns, self._source = rows, columns, source
         self.vector = vector
         self.row = (columns.tile + max((s.extent for s in columns.slabs), default=0)) * vector
         self.plane = rows.scratch_starts[-1] * self.row
         self.slab = planes * self.plane
-        self.bytes = len(columns.slabs) * self.slab
+        self.copy = len(columns.slabs) * self.slab
+        self.pixels = rows.size * columns.size
+        # A block of fewer pixels than lanes is written whole: as many entries of slack.
+        self.bytes = self.copy + copied * (self.pixels + 64) * vector
         self.row_table = np.where(rows.table >= 0, rows.table * source[2], -1)
         self.slab_table = np.array(
             [(columns.table_start(i), i * self.slab, columns.tile + slab.extent, *columns.interior(i), slab.offset) for i, slab in enumerate(columns.slabs)],
@@ -176,5 +202,6 @@ class GroupedTile:
         values = (
             self._source[1], self._source[3], rows.scratch_starts[-1], rows.table_positions.ctypes.data, self.row_table.ctypes.data, len(columns.slabs),
             self.slab_table.ctypes.data, columns.table.ctypes.data, self.plane, self.row, columns.step, first, last - first, columns.size,
+            self.pixels, self.copy,
         )  # fmt: skip
         return {prefix + name: value for name, value in zip(TILE_FIELDS, values, strict=True)}

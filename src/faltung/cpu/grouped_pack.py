@@ -44,8 +44,11 @@ class _Pack:
 
     def _picked(self, loaded: Sequence[Value], pick: tuple[int, ...]) -> Value:
         lanes = self.numeric.lanes
+        number = pick[0] // lanes
+        if pick == tuple(range(number * lanes, (number + 1) * lanes)):
+            return loaded[number]
         if len(loaded) == 1:
-            return loaded[0] if pick == tuple(range(lanes)) else self.f.shuffle(loaded[0], None, pick)
+            return self.f.shuffle(loaded[0], None, pick)
         value = self.f.shuffle(loaded[0], loaded[1], [i if i < 2 * lanes else 0 for i in pick])
         for number, vector in enumerate(loaded[2:], 2):
             chosen = [lanes + i - number * lanes if i // lanes == number else lane for lane, i in enumerate(pick)]
@@ -56,15 +59,18 @@ class _Pack:
         for h in range(self.expansion.planes):
             self.f.store(self.f.zero(self.numeric.vector), target + self.plane * h if h else target)
 
-    def rows(self, body: Callable[[Value, Value, dict[str, Value]], None]) -> None:
-        """``body(line, target, slab)`` for each row of each slab that is not zero; the others are filled here."""
+    def rows(self, body: Callable[[Value, Value, dict[str, Value]], None], source: Value | None = None, scale: int = 1) -> None:
+        """``body(line, target, slab)`` for each row of each slab that is not zero; the others are filled here.
+
+        Rows lie in ``source``, ``scale`` times as far apart as in memory."""
         f = self.f
+        source = source or f["source"]
         positions, row_table, column_table, row_pitch = self.table("positions"), self.table("row_table"), self.table("column_table"), self["row"]
         slab_table, slabs = self.table("slab_table"), self["slabs"]
 
         def row(j: Value) -> None:
             offset = f.load_index(row_table, f.load_index(positions, j) + f["p0"])
-            line, tile = f["source"] + offset, f["tile"] + j * row_pitch
+            line, tile = source + offset * scale, f["tile"] + j * row_pitch
 
             def slab_body(index: Value) -> None:
                 at = slab_table + index * (8 * len(COLUMN_FIELDS))
@@ -94,10 +100,20 @@ class _Pack:
         f.loop(start, stop, 1, entry)
 
 
-def emit_pack(module: Module, arguments: ArgumentBlock, numeric: Numeric, expansion: Expansion, source_format: str, step: int, prefix: str) -> Function:
-    """Emit :class:`_Pack`'s function; ``step`` is the distance of the columns that neighbouring outputs read: 1, 2, or 3 for any."""
+def emit_pack(
+    module: Module, arguments: ArgumentBlock, numeric: Numeric, expansion: Expansion, source_format: str, step: int, prefix: str, whole: bool = False
+) -> Function:
+    """Emit :class:`_Pack`'s function; ``step`` is the distance of the columns that neighbouring outputs read: 1, 2, or 3 for any.
+
+    ``whole`` (nchw): the tile is the whole image, whose planes are first transposed as they lie in memory, without regard to rows.
+    """
     pack = _Pack(module, arguments, numeric, expansion, prefix)
-    (_from_nhwc if source_format == "nhwc" else _from_nchw)(pack, step)
+    if source_format == "nhwc":
+        _from_nhwc(pack, step)
+    elif whole:
+        _from_planes(pack, step)
+    else:
+        _from_nchw(pack, step)
     pack.f.ret()
     return pack.f
 
@@ -107,11 +123,19 @@ def _from_nhwc(pack: _Pack, step: int) -> None:
     f, numeric, expansion = pack.f, pack.numeric, pack.expansion
     lanes, memory = numeric.lanes, numeric.memory_bytes
     masks = [f.lane_mask(f["valid"] - v * lanes, lanes) if expansion.masked else None for v in range(expansion.loads)]
-    column_pitch = pack["column"]
-    distance = column_pitch * (step if step < 3 else pack["step"])
 
     def pixel(pointer: Value, target: Value) -> None:
         pack.put([numeric.load(f, pointer + v * lanes * memory, lanes, mask) for v, mask in enumerate(masks)], target)
+
+    _pixel_by_pixel(pack, step, pack["column"], pixel)
+
+
+def _pixel_by_pixel(
+    pack: _Pack, step: int, column_pitch: Value | int, pixel: Callable[[Value, Value], None], source: Value | None = None, scale: int = 1
+) -> None:
+    """``pixel(pointer, target)`` for every entry; columns are ``column_pitch`` bytes apart.  ``source`` and ``scale``: see :meth:`_Pack.rows`."""
+    f = pack.f
+    distance = (pack["step"] if step == 3 else f.value(step)) * column_pitch
 
     def row(line: Value, target: Value, slab: dict[str, Value]) -> None:
         def looked_up(column: Value, place: Value) -> None:
@@ -126,7 +150,35 @@ def _from_nhwc(pack: _Pack, step: int) -> None:
         f.loop(slab["first"], slab["last"], 1, inside, [start])
         pack.border(slab, target, slab["last"], slab["length"], looked_up)
 
-    pack.rows(row)
+    pack.rows(row, source, scale)
+
+
+def _from_planes(pack: _Pack, step: int) -> None:
+    """All pixels of the image by ``lanes`` channels are transposed into a copy behind the tile, from which it is then packed as from nhwc."""
+    f, numeric, expansion = pack.f, pack.numeric, pack.expansion
+    lanes, memory, vector = numeric.lanes, numeric.memory_bytes, pack.vector
+    channel, pixels, last_channel = pack["channel"], pack["pixels"], f["valid"] - 1
+    copy, plane = f["tile"] + pack["copy"], (pixels + lanes) * vector
+
+    for v in range(expansion.loads):
+        planes = [f["source"] + f.minimum(last_channel, v * lanes + lane) * channel for lane in range(lanes)]
+
+        def block(x: Value, mask: Value | None, planes: list[Value] = planes, target: Value = copy + plane * v) -> None:
+            for i, value in enumerate(f.transpose([numeric.load(f, p + x * memory, lanes, mask) for p in planes])):
+                f.store(value, target + (x + i) * vector)
+
+        def many(block: Callable[[Value, Value | None], None] = block) -> None:
+            f.loop(0, pixels, lanes, lambda x: block(f.minimum(x, pixels - lanes), None))
+
+        def few(block: Callable[[Value, Value | None], None] = block) -> None:
+            block(f.value(0), f.lane_mask(pixels, lanes))
+
+        f.branch(pixels >= lanes, many, few)
+
+    def pixel(pointer: Value, target: Value) -> None:
+        pack.put([f.load(pointer + plane * v if v else pointer, numeric.vector) for v in range(expansion.loads)], target)
+
+    _pixel_by_pixel(pack, step, vector, pixel, copy, vector // memory)
 
 
 def _from_nchw(pack: _Pack, step: int) -> None:
