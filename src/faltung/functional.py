@@ -21,7 +21,8 @@ from .prepared import DTYPE_NAMES, Prepared, bounded, has_engine, prepare, requi
 __all__ = ["conv2d", "conv2d_output_size", "is_plain", "prepared_call", "reason_for_stock", "resolve"]
 
 _PLAIN = frozenset({Tensor, Parameter})
-_calls: dict[Any, Prepared] = {}
+_calls: dict[Any, tuple[Prepared, Any, Any, Any]] = {}
+"""By signature: the convolution, and the stride, padding and dilation that its first call brought."""
 
 # looked up once: a call makes about twenty of these, and each dot costs as much as a small kernel's inner loop
 _function_modes = torch._C._len_torch_function_stack
@@ -66,13 +67,15 @@ def conv2d(
             + ((bias.shape, bias.is_contiguous(), bias.dtype, bias.device) if bias is not None else ())
             + (stride, padding, dilation, groups, padding_mode, _threads(), _options().token)
         )
-        call = _calls.get(key)
+        found = _calls.get(key)
     except (TypeError, RuntimeError):  # an argument that is a list, or a tensor without strides
-        key, call = None, None
-    if call is None:
+        key, found = None, None
+    if found is None:
         return _first(key, input, weight, bias, stride, padding, dilation, groups, padding_mode)
-    # 1.0 and True find the entry of 1, and must be refused as on their first call
-    if not (_is_exact(stride) and _is_exact(padding) and _is_exact(dilation) and type(groups) is int):
+    call, known_stride, known_padding, known_dilation = found
+    # 1.0 and True find the entry of 1, and must be refused as on their first call; a layer brings the same objects each time
+    same = stride is known_stride and padding is known_padding and dilation is known_dilation
+    if not ((same or (_is_exact(stride) and _is_exact(padding) and _is_exact(dilation))) and type(groups) is int):
         normalize((1, 1), stride, padding, dilation, groups, padding_mode)
     if _grad_enabled() and (input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
         return _apply(input, weight, bias, call)
@@ -114,7 +117,7 @@ def _first(key: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *arguments:
     require_engine(x.device)
     call = prepare(x, weight, bias, form)
     if key is not None:
-        bounded(_calls, key, call)
+        bounded(_calls, key, (call, *arguments[:3]))
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
         return _apply(x, weight, bias, call)
     return call.forward(x, weight, bias)

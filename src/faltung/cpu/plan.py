@@ -50,12 +50,16 @@ class CpuPlan:
         self._address = block.ctypes.data
         self.poison = config.current().poison
         self.out_bytes = math.prod(problem.result_shape) * DTYPES[problem.dtype]
-        self.launch: Callable[..., None] = self._launch if self.out_bytes < LARGE_BYTES else self._launch_large
+        small = self._launch if workspace_bytes else self._launch_alone
+        self.launch: Callable[..., None] = small if self.out_bytes < LARGE_BYTES else self._launch_large
 
     def _launch(self, source: int, other: int, bias: int, out: int) -> None:
         address, keep = workspace(self.workspace_bytes, self.poison)
         self.function(self._address, source, other, bias, out, address)
         del keep
+
+    def _launch_alone(self, source: int, other: int, bias: int, out: int) -> None:
+        self.function(self._address, source, other, bias, out, 0)
 
     def _launch_large(self, source: int, other: int, bias: int, out: int) -> None:
         ask_for_huge_pages(out, self.out_bytes)
