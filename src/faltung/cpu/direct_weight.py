@@ -35,7 +35,7 @@ _PANEL_BYTES = 192 << 10
 
 @dataclass(frozen=True)
 class WeightConfig:
-    """Blocks of a grad_weight: ``tile`` is (images, rows, columns) of pixels."""
+    """Blocks of a grad_weight: ``tile`` is (images, rows, columns) of pixels; ``columns``: column taps that are rows of a block together."""
 
     tile: tuple[int, int, int]
     block: Block
@@ -43,6 +43,7 @@ class WeightConfig:
     block_panels: int
     parts: int
     part_tiles: int
+    columns: int = 1
 
 
 def choose_config(problem: ConvProblem, target: Target) -> WeightConfig:
@@ -59,6 +60,13 @@ def choose_config(problem: ConvProblem, target: Target) -> WeightConfig:
         c_blocks -= 1
         last = problem.cg - (c_blocks - 1) * channels
     block = choose_block(target, tuple(sorted({channels, last})), vectors, _CHUNK_PIXELS, round_vectors=False)
+    columns = 1
+    if c_blocks == 1 and _joins(problem, numeric):
+        # A pass over all column taps at once; with few input channels it has more accumulators, whose additions do not wait for each other.
+        joined = choose_block(target, (problem.s * channels,), vectors, _CHUNK_PIXELS, round_vectors=False)
+        whole = problem.format == "nhwc" or joined.rows == problem.s * channels
+        if whole and joined.cycles < 0.9 * problem.s * block.cycles:
+            block, columns = joined, problem.s
     panels = -(-vectors // block.vectors)
     block_panels = max(1, min(panels, vectors_per_block // block.vectors))
     tile = _choose_tile(problem, target, channels, block_panels * block.vectors * lanes, size)
@@ -67,7 +75,12 @@ def choose_config(problem: ConvProblem, target: Target) -> WeightConfig:
     part_bytes = problem.g * taps * problem.cg * vectors * lanes * size
     parts = 1 if blocks >= _ENOUGH_BLOCKS else max(1, min(tiles, -(-_TASKS // blocks), _PARTIAL_BYTES // max(1, part_bytes)))
     part_tiles = -(-tiles // parts)
-    return WeightConfig(tile, block, channels, block_panels, -(-tiles // part_tiles), part_tiles)
+    return WeightConfig(tile, block, channels, block_panels, -(-tiles // part_tiles), part_tiles, columns)
+
+
+def _joins(problem: ConvProblem, numeric: Numeric) -> bool:
+    """Whether a pixel's column taps are neighbours in a tile whose columns are all there."""
+    return problem.s > 1 and problem.dilation[1] == 1 and problem.s >= problem.stride[1] and not numeric.pairs
 
 
 def _tile_count(problem: ConvProblem, numeric: Numeric, tile: tuple[int, int, int]) -> int:
@@ -146,16 +159,16 @@ def build_plan(problem: ConvProblem, target: Target, threads: int, config: Weigh
     """Tables, kernel and argument block for a configuration."""
     numeric = Numeric(problem.dtype, target)
     lanes, size = numeric.lanes, numeric.compute_bytes
-    cycles = config.block.cycles * problem.r * problem.s * problem.g * numeric.elements(problem.n * problem.p * problem.q)
+    cycles = config.block.cycles * problem.r * (problem.s // config.columns) * problem.g * numeric.elements(problem.n * problem.p * problem.q)
     threads = useful_threads(threads, cycles)
-    rows, columns = axes(problem, config.tile[1:], dense=problem.format == "nhwc")
+    rows, columns = axes(problem, config.tile[1:], dense=problem.format == "nhwc" or config.columns > 1)
     c_blocks = -(-problem.cg // config.block_channels)
     last = problem.cg - (c_blocks - 1) * config.block_channels
     vectors = -(-problem.kg // lanes)
     kernel = DirectWeightKernel(
         target, problem.dtype, problem.format, min(columns.step, 3), config.block.rows, config.block.vectors,
-        any(split_count(c, config.block.rows)[1] for c in (config.block_channels, last)), bool(split_count(vectors, config.block.vectors)[1]),
-        config.parts == 1,
+        any(split_count(c * config.columns, config.block.rows)[1] for c in (config.block_channels, last)), bool(split_count(vectors, config.block.vectors)[1]),
+        config.parts == 1, config.columns, problem.cg if config.columns > 1 and problem.format == "nchw" else 0,
     )  # fmt: skip
     tile = Tile(rows, columns, kernel.layout, config.block_channels, size, pitches(problem, True))
     image_bytes = align(tile.bytes + 64)
@@ -195,7 +208,7 @@ def _values(
     whole_rows = tile_q == problem.q
     pixel_offsets = _pixel_offsets(tile, config, image_bytes, tile_q)
     last_offsets = _pixel_offsets(tile, config, image_bytes, problem.q - (q_tiles - 1) * tile_q)
-    taps = np.array([tile.offset(a, b) for a in rows.phases[0].taps for b in columns.phases[0].taps], dtype=np.int64)
+    taps = np.array([tile.offset(a, b) for a in rows.phases[0].taps for b in columns.phases[0].taps[:: config.columns]], dtype=np.int64)
     gy_offsets = np.arange(tile_p * tile_q if whole_rows else tile_q, dtype=np.int64) * gy[3]
     weight_rows = _weight_rows(problem, config.block_channels, tap, row)
     channel_weights = problem.cg * taps_count

@@ -53,7 +53,8 @@ the pairs of tiles (:data:`faltung.cpu.bfloat.TILE_FIELDS`)."""
 @dataclass(frozen=True)
 class DirectWeightKernel:
     """What a grad_weight kernel is made for: ``rows`` x ``vectors`` accumulators, with pieces one smaller where ``narrow_*`` say so;
-    ``single``: the pixels are one part."""
+    ``single``: the pixels are one part.  ``columns``: column taps that are rows of a block together, with the input channels inside (one piece
+    of all of them, but for nhwc, where all are neighbours in memory).  ``across``: the input channels, where those are rows at a pitch."""
 
     target: Target
     dtype: str
@@ -64,11 +65,14 @@ class DirectWeightKernel:
     narrow_rows: bool
     narrow_vectors: bool
     single: bool
+    columns: int = 1
+    across: int = 0
 
     @property
     def name(self) -> str:
         flags = "".join(letter for letter, set_ in zip("rv1", (self.narrow_rows, self.narrow_vectors, self.single)) if set_)
-        return f"direct_weight_{self.dtype}_{self.format}_{self.rows}x{self.vectors}_st{self.step}{'_' + flags if flags else ''}_{self.target.isa}"
+        flags = (f"_c{self.columns}x{self.across}" if self.columns > 1 else "") + (f"_{flags}" if flags else "")
+        return f"direct_weight_{self.dtype}_{self.format}_{self.rows}x{self.vectors}_st{self.step}{flags}_{self.target.isa}"
 
     @property
     def layout(self) -> str:
@@ -93,7 +97,7 @@ class _Builder:
         self.micros: dict[tuple[int, int], Function] = {}
         for vectors in (kernel.vectors, kernel.vectors - 1)[: 2 if kernel.narrow_vectors else 1]:
             for rows in (kernel.rows, kernel.rows - 1)[: 2 if kernel.narrow_rows else 1]:
-                self.micros[rows, vectors] = emit_micro(module, numeric, Micro("channels", rows, vectors, unit_pitch=kernel.layout == "inner"))
+                self.micros[rows, vectors] = emit_micro(module, numeric, Micro("channels", rows, vectors, kernel.layout == "inner", across=kernel.across))
 
     def panel_start(self, f: Function, wide_panels: Value, index: Value) -> Value:
         """First output channel (of the group) of a panel; panels are ``vectors`` vectors wide, then one less."""
@@ -230,7 +234,7 @@ class _Builder:
 
             def tap(index: Value) -> None:
                 source = t["tile"] + f.load_index(task.table("tap_offsets"), index)
-                c = partial + index * task["partial_tap"]
+                c = partial + index * (task["partial_tap"] * self.kernel.columns)
 
                 def piece(m: Value, rows: int) -> None:
                     out = c + m * row_pitch
@@ -239,7 +243,7 @@ class _Builder:
                         count=length, pitch=pitch, c_pitch=row_pitch, init_pitch=init_pitch, lanes_last=f.value(0),
                     )  # fmt: skip
 
-                self.pieces(f, t["channels"], piece)
+                self.pieces(f, t["channels"] * self.kernel.columns, piece)
 
             f.loop(0, task["taps"], 1, tap)
             with f.when(t["wants_bias"]):

@@ -26,7 +26,8 @@ _UNROLL = 2
 class Micro:
     """``rows`` x ``vectors`` accumulators; ``orientation`` is ``channels`` or ``pixels``; ``unit_pitch``: rows of the gathered operand
     are neighbours in memory; ``masked``: only the first ``lanes_last`` lanes of the last vector are loaded and stored in C; ``rounded``: C is bfloat16;
-    ``ahead``: each step asks the second-level cache for one cache line, the step's of those at ``ahead``."""
+    ``ahead``: each step asks the second-level cache for one cache line, the step's of those at ``ahead``; ``across``: rows that many
+    apart are neighbours in memory, and as many have places of their own."""
 
     orientation: str
     rows: int
@@ -35,11 +36,12 @@ class Micro:
     masked: bool = False
     rounded: bool = False
     ahead: bool = False
+    across: int = 0
 
     @property
     def name(self) -> str:
         flags = "".join(letter for letter, set_ in zip("umba", (self.unit_pitch, self.masked, self.rounded, self.ahead)) if set_)
-        return f"micro_{self.orientation}_{self.rows}x{self.vectors}{flags}"
+        return f"micro_{self.orientation}_{self.rows}x{self.vectors}{flags}{self.across or ''}"
 
 
 def largest_rows(vectors: int, registers: int, fma: bool) -> int:
@@ -108,7 +110,13 @@ def emit_micro(module: Module, numeric: Numeric, micro: Micro) -> Function:
         result = list(accumulators)
         if gathers_rows:
             vectors = [f.load(panel + (unroll * micro.vectors + v) * vector_bytes, numeric.vector) for v in range(micro.vectors)]
-            scalars = [gathered + m * size for m in range(micro.rows)] if pitches is None else pitches.rows(gathered, micro.rows)
+            if pitches is None:
+                scalars = [gathered + m * size for m in range(micro.rows)]
+            elif micro.across:
+                starts = pitches.rows(gathered, micro.across)
+                scalars = [starts[m % micro.across] + m // micro.across * size for m in range(micro.rows)]
+            else:
+                scalars = pitches.rows(gathered, micro.rows)
         else:
             vectors = [f.load(gathered + v * vector_bytes, numeric.vector) for v in range(micro.vectors)]
             scalars = [panel + (unroll * micro.rows + m) * size for m in range(micro.rows)]

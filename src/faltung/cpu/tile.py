@@ -50,8 +50,8 @@ def meets_itself(pitch: int) -> bool:
 
 
 def row_pitch(columns: Axis) -> int:
-    """Columns of one row of the ``outer`` layout (whose axes are not dense)."""
-    return columns.tile + max((s.extent for s in columns.slabs), default=0)
+    """Columns of one row of the ``outer`` layout."""
+    return columns.entries(columns.tile) + max((s.extent for s in columns.slabs), default=0)
 
 
 class Tile:
