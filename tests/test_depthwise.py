@@ -257,6 +257,19 @@ def test_vectors_abreast(sizes: str) -> None:
                 check_exact(problem)
 
 
+@pytest.mark.parametrize("image", ["h1w1", "h3w5", "h4w4", "h1w17", "h7w7", "h14w14", "h5w31", "h5w32", "h3w40"])
+def test_images_transposed_whole(image: str) -> None:
+    """nchw: images of fewer pixels than lanes, of as many and of more, and on both sides of the width from which on rows are transposed one by one."""
+    for sizes in ("r3s3 p1", "r3s3 st2 p1", "r5s3 p2 d1x2", "r13s13 p6"):
+        for dtype in ("f32", "f64", "bf16", "f16"):
+            for problem in variants((f"n2c20{image}k20{sizes} g20 bias",), (dtype,), ("zeros",)):
+                if problem.format == "nchw" and problem.direction != "grad_weight":
+                    check_exact(problem)
+    for problem in variants((f"n2c9{image}k18r3s3 p1 g9 bias",), ("f32", "bf16"), ("zeros",)):
+        if problem.format == "nchw" and problem.direction == "forward":
+            check_exact(problem)
+
+
 @pytest.mark.parametrize("count", range(1, 40))
 @pytest.mark.parametrize("columns", [2, 3, 5, 7])
 @pytest.mark.parametrize(("step", "abreast"), [(1, 1), (2, 1), (1, 4), (2, 4), (2, 2)])

@@ -7,8 +7,10 @@ nchw, converted for 16-bit types, padded by the tables of indices), and the taps
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
+import numpy.typing as npt
 
 from ..codegen.emit import Function, Module, Value
 from ..codegen.entry import ArgumentBlock, Task, emit_entry
@@ -17,27 +19,26 @@ from ..codegen.numeric import Numeric
 from ..dispatch import Unsupported
 from ..problem import DTYPES, ConvProblem
 from . import target as targets
-from .depthwise_geometry import Line, LinePhase, context_rows, lines
-from .depthwise_taps import Reach, block_pixels, emit_taps
-from .depthwise_tile import Lanes, emit_flush, emit_load, image_strides, inside, odd_lines
+from .depthwise_geometry import context_rows, lines
+from .depthwise_taps import Reach, emit_taps
+from .depthwise_tile import Lanes, emit_flush, emit_load, emit_load_planes, image_strides, inside, odd_lines
+from .depthwise_tiling import asks_ahead, edges, reach_of, tiling
 from .depthwise_weight import plan_weight
 from .plan import CpuPlan
 from .target import Target
 
 __all__ = ["DEPTHWISE", "Depthwise"]
 
-_FAR_BYTES, _NEAR_BYTES = 20 << 20, 8 << 20  # of a source whose rows are asked for ahead, at stride 2 and at stride 1
-
 ARGUMENTS = ArgumentBlock((
     # stage 0: weights and bias into vectors
-    "pack_tasks", "pack_vectors", "vectors_total", "taps", "kernel_size", "tap_table", "bias_at",
+    "pack_tasks", "pack_vectors", "vectors_total", "taps", "kernel_size", "place_table", "bias_at",
     # stage 1: tiles
     "tiles", "chunks", "row_tiles", "col_tiles", "chunk", "tile_rows", "tile_cols", "scratch_at", "scratch_bytes", "out_row_at",
     "lanes_total", "multiplier", "residues", "pixel", "residue_plane",
     "strip_rows", "ring_table", "row_table", "row_step", "row_context", "row_spacing", "col_table", "col_step", "col_extent", "inside_first", "inside_last",
     "row_phases", "row_phase_table", "col_phase_table", "weight_table", "range_table", "row_count", "col_count", "col_phases", "col_groups",
     "source_image", "source_row", "source_channel", "out_image", "out_row", "out_channel", "out_row_step", "out_col_step", "out_cols",
-    "left_cols", "right_at", "direct_at", "direct_pixel", "direct_table",
+    "left_cols", "right_at", "direct_at", "direct_pixel", "direct_table", "source_pixels", "out_pixels", "plane_bytes",
 ))  # fmt: skip
 
 
@@ -49,6 +50,7 @@ class Spec:
     distance of pixels and of column taps in scratch entries.  ``direct`` (nhwc): pixels whose taps all lie inside the image's columns are computed from the
     caller's memory, and only the columns at the edges pass through the scratch; no column does where ``columns`` are whole.  ``ahead``: ask for the
     source rows of the next output row.  ``abreast``: vectors of channels of a register block.
+    ``planes`` (nchw): whole images are transposed, as they lie in memory, to scratch, which is then computed on as an image of nhwc is in memory.
     """
 
     lanes: Lanes
@@ -60,13 +62,21 @@ class Spec:
     direct: bool
     ahead: bool
     abreast: int = 1
+    planes: bool = False
+
+    @property
+    def rows(self) -> Lanes:
+        """The lanes of the rows that are computed: of the transposed image where ``planes``."""
+        numeric = self.lanes.numeric
+        return Lanes(Numeric("f32" if numeric.converts else numeric.dtype, numeric.target), "nhwc", "same", False) if self.planes else self.lanes
 
     @property
     def name(self) -> str:
         numeric = self.lanes.numeric
         columns = "_".join(reach.name for reach in self.columns)
         block = f"b{self.block}" + (f"v{self.abreast}" if self.abreast > 1 else "")
-        parts = ("depthwise_gather", numeric.dtype, self.lanes.name, f"s{columns}", f"st{self.step}d{self.spacing}", block)
+        kind = "depthwise_planes" if self.planes else "depthwise_gather"
+        parts = (kind, numeric.dtype, self.lanes.name, f"s{columns}", f"st{self.step}d{self.spacing}", block)
         return "_".join(
             (*parts, *(("direct",) if self.direct else ()), *(("ahead",) if self.ahead else ()), *(("bias",) if self.bias else ()), numeric.target.isa)
         )
@@ -82,14 +92,17 @@ def emit_gather(spec: Spec) -> str:
     """
     module = Module()
     lanes = spec.lanes
+    planes = emit_load_planes(module, lanes, "load_planes") if spec.planes else None
     loader = None if spec.columns[0].whole else emit_load(module, lanes, "load_tile", zero_rows=False)
     flush = emit_flush(module, lanes, "flush_row") if lanes.format == "nchw" else None
-    taps = [emit_taps(module, lanes, reach, spec.step, spec.spacing, spec.block, spec.bias, spec.ahead, spec.abreast) for reach in spec.columns]
+    taps = [emit_taps(module, spec.rows, reach, spec.step, spec.spacing, spec.block, spec.bias, spec.ahead, spec.abreast) for reach in spec.columns]
 
     def pack(f: Function, task: Task) -> object:
         return lambda index: _pack(f, task, spec, index)
 
     def tile(f: Function, task: Task) -> object:
+        if planes is not None and flush is not None:
+            return partial(_image, f, task, spec, planes, flush, taps)
         return lambda index: _tile(f, task, spec, index, loader, flush, taps)
 
     emit_entry(module, ARGUMENTS, [("pack_tasks", pack), ("tiles", tile)])  # type: ignore[list-item]
@@ -97,46 +110,47 @@ def emit_gather(spec: Spec) -> str:
 
 
 def _pack(f: Function, task: Task, spec: Spec, index: Value) -> None:
-    """Weights (and bias) of some vectors, lane by lane; lanes behind the last one become zero."""
+    """Weights (and bias) of some vectors: a lane's are one run of memory, blocks of them are transposed.  Lanes behind the last one repeat it."""
     numeric, entry = spec.lanes.numeric, spec.lanes.entry_bytes
-    count = numeric.lanes
-    residues, taps, total = task["residues"], task["taps"], task["lanes_total"]
-    first = index * task["pack_vectors"]
-    last = f.minimum(first + task["pack_vectors"], task["vectors_total"])
+    count, memory = numeric.lanes, numeric.memory_bytes
+    residues, taps, last = task["residues"], task["taps"], task["lanes_total"] - 1
+    length, places = task["kernel_size"], task.table("place_table")
+
+    def put(value: Value, tap: Value, target: Value) -> None:
+        place = f.load_index(places, tap)
+        with f.when(place >= 0):
+            f.store(value, target + place)
 
     def vector(v: Value) -> None:
-        def lane(i: Value) -> None:
-            number = v * count + i
+        numbers = [f.minimum(v * count + i, last) for i in range(count)]
 
-            def residue(j: Value) -> None:
-                target = task.workspace + ((v * residues + j) * taps * entry + i * numeric.compute_bytes)
-                source = task.operand("other") + (number * residues + j) * task["kernel_size"] * numeric.memory_bytes
+        def residue(j: Value) -> None:
+            target = task.workspace + (v * residues + j) * taps * entry
+            rows = [task.operand("other") + (number * residues + j) * length * memory for number in numbers]
 
-                def tap(t: Value) -> None:
-                    f.store(numeric.load(f, source + f.load_index(task.table("tap_table"), t) * numeric.memory_bytes, 1), target + t * entry)
+            def block(first: Value, wanted: Value | None) -> None:
+                mask = None if wanted is None else f.lane_mask(wanted, count)
+                for i, value in enumerate(f.transpose([numeric.load(f, row + first * memory, count, mask) for row in rows])):
+                    if wanted is None:
+                        put(value, first + i, target)
+                    else:
+                        with f.when(wanted > i):
+                            put(value, f.value(i), target)
 
-                f.branch(
-                    number < total,
-                    lambda: _ignore(f.loop(0, taps, 1, tap)),
-                    lambda: _ignore(f.loop(0, taps, 1, lambda t: f.store(f.zero(numeric.compute), target + t * entry))),
-                )
+            def many() -> None:
+                f.loop(0, length, count, lambda i: block(f.minimum(i, length - count), None))
 
-            f.loop(0, residues, 1, residue)
-            if spec.bias:
-                at = task.workspace + task["bias_at"] + v * entry + i * numeric.compute_bytes
-                f.branch(
-                    number < total,
-                    lambda: f.store(numeric.load(f, task.operand("bias") + number * numeric.memory_bytes, 1), at),
-                    lambda: f.store(f.zero(numeric.compute), at),
-                )
+            f.branch(length >= count, many, lambda: block(f.value(0), length))
 
-        f.loop(0, count, 1, lane)
+        f.loop(0, residues, 1, residue)
+        if spec.bias:
+            values = f.zero(numeric.vector)
+            for i, number in enumerate(numbers):
+                values = f.insert(values, numeric.load(f, task.operand("bias") + number * memory, 1), i)
+            f.store(values, task.workspace + task["bias_at"] + v * entry)
 
-    f.loop(first, last, 1, vector)
-
-
-def _ignore(_: object) -> None:
-    """For calls whose result is not wanted, where a statement cannot stand."""
+    first = index * task["pack_vectors"]
+    f.loop(first, f.minimum(first + task["pack_vectors"], task["vectors_total"]), 1, vector)
 
 
 def _tile(f: Function, task: Task, spec: Spec, index: Value, loader: Function | None, flush: Function | None, taps: list[Function]) -> None:
@@ -180,7 +194,7 @@ def _tile(f: Function, task: Task, spec: Spec, index: Value, loader: Function | 
         else:
             f.loop(0, task["residues"], 1, lambda j: columns(j, f.value(0), cols))
 
-    place = _Place(scratch, image, row0, col0, vector0, vectors)
+    place = _Place(scratch, source, task.operand("out") + image * task["out_image"], row0, col0, vector0, vectors, vector0 * numeric.lanes)
     count = f.minimum(task["tile_rows"], task["row_count"] - row0)
     # The first rows' context, then a few new rows at a time into the ring.
     load_rows(f.value(0), task["row_context"])
@@ -195,26 +209,41 @@ def _tile(f: Function, task: Task, spec: Spec, index: Value, loader: Function | 
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a task works: its scratch, image, first output of rows and columns (of each phase), first vector and number of vectors."""
+    """Where a task works: its scratch, image and result, first output of rows and columns (of each phase), first vector and number of vectors, and
+    the first vector's lane in the image and the result."""
 
     scratch: Value
-    image: Value
+    source: Value
+    out: Value
     row0: Value
     col0: Value
     vector0: Value
     vectors: Value
+    lane0: Value
+
+
+def _image(f: Function, task: Task, spec: Spec, load_planes: Function, flush: Function, taps: list[Function], index: Value) -> None:
+    """A whole image of one vector of channels of nchw: transposed to scratch, computed there row by row, transposed back."""
+    vector, image = index % task["vectors_total"], index // task["vectors_total"]
+    lane0, zero = vector * spec.lanes.numeric.lanes, f.value(0)
+    scratch = task.workspace + task["scratch_at"] + task.thread * task["scratch_bytes"]
+    out, source = scratch + task["out_row_at"], task.operand("source") + image * task["source_image"]
+    f.call(load_planes, [source, scratch, task["source_pixels"], lane0, task["lanes_total"], task["multiplier"], task["source_channel"]])
+    place = _Place(scratch, scratch, out, zero, zero, vector, f.value(1), zero)
+    f.loop(0, task["row_count"], 1, lambda i: _row(f, task, spec, place, i, None, taps))
+    to = task.operand("out") + image * task["out_image"]
+    f.call(flush, [out, to, task["out_pixels"], lane0, task["lanes_total"], task["plane_bytes"]])
 
 
 def _row(f: Function, task: Task, spec: Spec, at: _Place, i: Value, flush: Function | None, taps: list[Function]) -> None:
     """Row ``i`` of a tile: every row phase and column phase of it."""
-    lanes = spec.lanes
+    lanes = spec.rows
     numeric, entry = lanes.numeric, lanes.entry_bytes
     nhwc = lanes.format == "nhwc"
-    out = task.operand("out") + at.image * task["out_image"]
+    out, lane0 = at.out, at.lane0
     out_row_scratch = at.scratch + task["out_row_at"]
     weight_bytes = task["residues"] * task["taps"] * entry
     pixel_bytes = task["out_channel"] if nhwc else f.value(entry)
-    lane0 = at.vector0 * numeric.lanes
     weights = task.workspace + at.vector0 * weight_bytes
     bias = task.workspace + task["bias_at"] + at.vector0 * entry
 
@@ -248,7 +277,7 @@ def _row(f: Function, task: Task, spec: Spec, at: _Place, i: Value, flush: Funct
                 if not spec.direct:
                     pixels(f.value(0), n, at.scratch, ring, task["pixel"])
                     return
-                image = task.operand("source") + at.image * task["source_image"] + (lane0 * numeric.memory_bytes + task["direct_at"])
+                image = at.source + (lane0 * numeric.memory_bytes + task["direct_at"])
                 rows = task.table("direct_table") + (at.row0 * task["row_step"] * 8 + row_entry * 8)
                 if spec.columns[0].whole:
                     pixels(f.value(0), n, image, rows, task["direct_pixel"])
@@ -299,104 +328,11 @@ def _lanes(problem: ConvProblem, target: Target) -> Lanes:
     return Lanes(numeric, problem.format, kind, (problem.k if forward else problem.c) % numeric.lanes != 0)
 
 
-@dataclass(frozen=True)
-class Tiling:
-    """Outputs of a tile (of each phase), vectors of lanes together, pixels of a register block; see :class:`Spec` for the others."""
-
-    rows: int
-    cols: int
-    vectors: int
-    block: int
-    direct: bool
-    whole: bool
-    abreast: int
-
-
-def _edges(cols: Line) -> tuple[int, int]:
-    """Columns of scratch, from the left and up to the right end, that outputs outside :meth:`Line.direct` read."""
-    left, right = 0, cols.length(cols.count)
-    for phase in cols.phases:
-        first, last = cols.direct(phase)
-        if first and phase.taps:
-            left = max(left, phase.shift + (first - 1) * cols.step + (len(phase.taps) - 1) * cols.spacing + 1)
-        if last < phase.count and phase.taps:
-            right = min(right, phase.shift + last * cols.step)
-    return left, right
-
-
-def tiling(problem: ConvProblem, lanes: Lanes, lines_: tuple[Line, Line], target: Target, threads: int) -> Tiling:
-    """A ring of rows that takes at most half of the second-level cache, with several tasks for each thread where there is enough to do."""
-    rows, cols = lines_
-    entry, residues = lanes.entry_bytes, problem.kg if lanes.kind == "strided" else 1
-    budget = target.l2 // 2 // entry
-    total = -(-(problem.k if problem.direction == "forward" else problem.c) // lanes.numeric.lanes)
-    ring = context_rows(rows) + rows.step
-    tile_cols = cols.count
-    inner = sum(last - first for first, last in map(cols.direct, cols.phases))
-    plain = lanes.format == "nhwc" and lanes.kind == "same" and (target.masks or not lanes.tail)
-
-    abreast = _abreast(problem, target, cols) if plain else 1
-    whole = _whole_block(target, cols, abreast) if plain and cols.mode == "zeros" else 0
-    direct = bool(whole) or (plain and not lanes.tail and not lanes.numeric.converts and inner * 4 >= cols.outputs * 3)
-    while not direct and tile_cols > 64 and cols.length(tile_cols) * ring * residues > budget:
-        tile_cols = -(-tile_cols // 2)
-    vectors = 1
-    if lanes.format == "nhwc" and lanes.kind == "same":
-        # Whole cache lines side by side in memory: with 8 of them the hardware prefetches well.  A strided gradient's results are written in phases, every
-        # second pixel at a time: whole rows of up to 32 of them (512 and 1024 channels at 28x28 and 14x14 take 0.6 of the time that 8 take).
-        vectors = max(1, min(total, 32 if direct and cols.output_step > 1 else 8, budget // ((cols.length(tile_cols)) * ring)))
-        vectors = -(-total // -(-total // vectors))
-    others = problem.n * -(-total // vectors) * -(-cols.count // tile_cols)
-    pieces = 1
-    while others * pieces < 4 * threads and pieces < rows.count // 4:
-        pieces += 1
-    columns = max(len(phase.taps) for phase in cols.phases)
-    widths = [last - first for first, last in map(cols.direct, cols.phases)] if direct else [phase.count for phase in cols.phases]
-    block = whole or block_pixels(target, min((width for width in widths if width), default=1), columns)
-    return Tiling(-(-rows.count // pieces), tile_cols, vectors, block, direct, bool(whole), abreast if whole else 1)
-
-
-def _reach(cols: Line, phase: LinePhase, block: int) -> Reach:
-    """What a phase's pixels need, read from memory in blocks of ``block``; of a whole row of them where it is 0."""
-    first, last = cols.inside()
-    end = phase.shift + (phase.count - 1) * cols.step + (len(phase.taps) - 1) * cols.spacing + 1
-    return Reach(len(phase.taps), max(0, first - phase.shift), max(0, end - last), True, block == phase.count) if phase.taps else Reach(0, 0, 0, True)
-
-
-def _whole_block(target: Target, cols: Line, abreast: int) -> int:
-    """Pixels of a block with which every column phase is read from memory alone; 0 where there is none."""
-
-    def fits(block: int) -> bool:
-        return all(_reach(cols, phase, block).fits(target, phase.count, block, cols.step) for phase in cols.phases)
-
-    return block_pixels(target, min(phase.count for phase in cols.phases), max(len(phase.taps) for phase in cols.phases), fits, abreast)
-
-
-def _abreast(problem: ConvProblem, target: Target, cols: Line) -> int:
-    """Vectors of channels that a register block takes, with as many fewer pixels: each pixel is then read in a run of up to four cache lines.
-
-    Where a layer waits for its source, lines side by side arrive up to 1.4 times as fast as lines a pixel apart (3x3 at stride 2 on 14x14 to 112x112: 10 to
-    30 % of the time; at stride 1 10 to 20 % where the source is larger than the caches or its pixels share few cache sets); elsewhere the shorter rows of
-    pixels cost more loads than is gained.
-    """
-    columns = max(len(phase.taps) for phase in cols.phases)
-    if target.registers < 32 or cols.output_step > 1 or columns > 5:
-        return 1
-    if cols.step > 1:
-        return 4 if columns <= 3 else 2
-    pixel = problem.c * DTYPES[problem.dtype]
-    return 4 if columns <= 3 and (problem.n * cols.size * problem.h * pixel > _NEAR_BYTES or pixel % 2048 == 0) else 1
-
-
-def _asks_ahead(cols: Line, source_bytes: int, pixel_bytes: int) -> bool:
-    """Whether the rows of the next output row are asked for: where the source is larger than the caches.
-
-    Measured at stride 1: 5 to 30 % on 3x3 and 7x7, and 2 to 7 % lost on small images; at stride 2 5 to 10 % on 5x5 and twice the speed on 3x3 with pixels of
-    256 bytes, but 4 to 10 % lost on 3x3 with wider ones.
-    """
-    if cols.step == 1:
-        return source_bytes > _NEAR_BYTES
-    return source_bytes > _FAR_BYTES and not (cols.extent < 3 and pixel_bytes > 256)
+def _places(taps: list[int], size: int) -> npt.NDArray[np.int64]:
+    """Where each of ``size`` weights of a filter stands in ``taps``; negative where it does not."""
+    places = np.full(size, -1, np.int64)
+    places[taps] = np.arange(len(taps))
+    return places
 
 
 def _plan_gather(name: str, problem: ConvProblem, threads: int) -> CpuPlan:
@@ -406,16 +342,16 @@ def _plan_gather(name: str, problem: ConvProblem, threads: int) -> CpuPlan:
     rows, cols = lines(problem, reduce_columns=problem.format == "nhwc")
     tile = tiling(problem, lanes, (rows, cols), target, threads)
     forward = problem.direction == "forward"
-    reaches = {phase: _reach(cols, phase, tile.block) if tile.whole else Reach(len(phase.taps)) for phase in cols.phases}
+    reaches = {phase: reach_of(cols, phase, tile.block) if tile.whole else Reach(len(phase.taps)) for phase in cols.phases}
     # Column phases in the order of what their taps reach: one loop for each kind.
     phases = sorted(cols.phases, key=lambda phase: reaches[phase])
     columns = tuple(sorted(set(reaches.values())))
     source_bytes = problem.n * (problem.c if forward else problem.k) * rows.size * cols.size * DTYPES[problem.dtype]
-    ahead = tile.direct and _asks_ahead(cols, source_bytes, problem.c * DTYPES[problem.dtype])
-    spec = Spec(lanes, columns, tile.block, cols.step, cols.spacing, problem.epilogue.bias and forward, tile.direct, ahead, tile.abreast)
+    ahead = tile.direct and not tile.planes and asks_ahead(cols, source_bytes, problem.c * DTYPES[problem.dtype])
+    spec = Spec(lanes, columns, tile.block, cols.step, cols.spacing, problem.epilogue.bias and forward, tile.direct, ahead, tile.abreast, tile.planes)
     kernel = load(spec.name, target, lambda: emit_gather(spec))
     strides = image_strides("source", problem.format, problem.c if forward else problem.k, rows.size, cols.size, DTYPES[problem.dtype])
-    row_bytes = strides["source_row"]
+    row_bytes = cols.size * lanes.entry_bytes if tile.planes else strides["source_row"]
     tap_list: list[int] = []
     weight_starts: list[int] = []
     for row in rows.phases:
@@ -425,7 +361,7 @@ def _plan_gather(name: str, problem: ConvProblem, threads: int) -> CpuPlan:
     groups = [sum(reaches[p] < reach for p in phases) for reach in columns] + [len(phases)]
     first, last = inside(cols, problem.format)
     tables = {
-        "tap_table": np.array(tap_list, np.int64),
+        "place_table": _places(tap_list, problem.r * problem.s) * np.int64(lanes.entry_bytes),
         "row_table": rows.table(rows.step),
         "col_table": cols.table(),
         "row_phase_table": np.array([(p.start, p.count, p.shift) for p in rows.phases], np.int64),
@@ -449,6 +385,8 @@ def _plan_gather(name: str, problem: ConvProblem, threads: int) -> CpuPlan:
     plane = ring * pitch
     out_row_at = plane * residues
     out_row_bytes = (tile.cols * cols.output_step + numeric.lanes) * entry if problem.format == "nchw" else 0
+    if tile.planes:
+        out_row_at, out_row_bytes = (rows.size * cols.size + numeric.lanes) * entry, (rows.outputs * cols.outputs + numeric.lanes) * entry
     scratch_bytes = -(-(out_row_at + out_row_bytes) // 4096) * 4096 + 64
     scratch_at = -(-(weight_bytes + vectors * entry) // 4096) * 4096
     tiles = (-(-rows.count // tile.rows), -(-cols.count // tile.cols), -(-vectors // tile.vectors))
@@ -465,11 +403,14 @@ def _plan_gather(name: str, problem: ConvProblem, threads: int) -> CpuPlan:
         "row_phases": len(rows.phases), "row_count": rows.count, "col_count": cols.count, "col_phases": len(phases),
         "out_row_step": rows.output_step, "out_col_step": cols.output_step, "out_cols": cols.outputs,
     }  # fmt: skip
-    left, right = _edges(cols)
+    left, right = edges(cols)
     values |= {
         "left_cols": left, "right_at": right, "direct_at": cols.base * strides["source_channel"], "direct_pixel": cols.unit * strides["source_channel"],
     }  # fmt: skip
-    values |= strides | image_strides("out", problem.format, total, rows.outputs, cols.outputs, DTYPES[problem.dtype])
+    out = image_strides("out", problem.format, total, rows.outputs, cols.outputs, DTYPES[problem.dtype])
+    values |= strides | out | {"source_pixels": rows.size * cols.size, "out_pixels": rows.outputs * cols.outputs, "plane_bytes": out["out_channel"]}
+    if tile.planes:  # what is computed on lies in scratch
+        values |= {"direct_at": cols.base * entry, "direct_pixel": cols.unit * entry, "out_row": cols.outputs * entry, "out_channel": entry}
     block = ARGUMENTS.pack(threads, values)
     facts = {"tile": (tile.rows, tile.cols), "vectors": tile.vectors, "block": tile.block}
     return CpuPlan(problem, name, kernel, block, tuple(tables.values()), scratch_at + threads * scratch_bytes, facts)

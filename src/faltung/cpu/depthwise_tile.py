@@ -13,7 +13,7 @@ from ..codegen.emit import Function, Module, Value
 from ..codegen.numeric import Numeric
 from .depthwise_geometry import Line
 
-__all__ = ["Lanes", "emit_flush", "emit_load", "image_strides", "inside", "odd_lines"]
+__all__ = ["Lanes", "emit_flush", "emit_load", "emit_load_planes", "image_strides", "inside", "odd_lines"]
 
 
 @dataclass(frozen=True)
@@ -183,6 +183,30 @@ def _row_nchw(f: Function, lanes: Lanes, pointers: list[Value], row: Value, targ
     f.branch(inner >= count, blocks, short)
     f.loop(0, first, 1, border)
     f.loop(f["last"], f["cols"], 1, border)
+
+
+def emit_load_planes(module: Module, lanes: Lanes, name: str) -> Function:
+    """Emit a function that transposes ``pixels`` of nchw planes, as they lie in memory, to entries of scratch: ``[pixel][lanes]`` of the lanes from ``start``.
+
+    Scratch holds a vector's lanes of entries at least.
+    """
+    names = ("pixels", "start", "lanes_total", "multiplier", "channel_bytes")
+    f = module.function(name, (("ptr", "source"), ("ptr", "scratch"), *(("i64", name) for name in names)))
+    numeric = lanes.numeric
+    count, pixels = numeric.lanes, f["pixels"]
+    pointers = _lane_pointers(f, lanes, f["source"])
+
+    def block(begin: Value, mask: Value | None) -> None:
+        vectors = f.transpose([numeric.load(f, p + begin * numeric.memory_bytes, count, mask) for p in pointers])
+        for i, vector in enumerate(vectors):
+            f.store(vector, f["scratch"] + (begin + i) * lanes.entry_bytes)
+
+    def blocks() -> None:
+        f.loop(0, pixels, count, lambda i: block(f.minimum(i, pixels - count), None))
+
+    f.branch(pixels >= count, blocks, lambda: block(f.value(0), f.lane_mask(pixels, count)))
+    f.ret()
+    return f
 
 
 FLUSH_PARAMETERS = (("ptr", "scratch"), ("ptr", "out"), ("i64", "cols"), ("i64", "start"), ("i64", "lanes_total"), ("i64", "channel_bytes"))
