@@ -64,6 +64,9 @@ CASES: dict[str, tuple[str, ...]] = {
         "n1c2h35w9k2r31s1 p15x0",
         "n1c1h33w31k2r31s31 p15",
         "n1c3h2w2k4r5s5 p2",  # a kernel larger than the image
+        "n2c16h11w12k17r2s2 p1",
+        "n1c17h9w8k16r4s4 p1,2,1,2",
+        "n1c16h3w2k18r5s5 p3",
     ),
     "strides": (
         "n1c3h9w11k5r3s3 st2",
@@ -79,6 +82,11 @@ CASES: dict[str, tuple[str, ...]] = {
         "n1c17h7w35k18r3s3 st2 p1",
         "n2c4h6w6k4r3s3 st9",  # a stride beyond the image
         "n1c2h20w20k3r7s7 st4 p3",
+        "n1c18h9w10k16r6s6 st2 p2",
+        "n1c40h11w8k16r5s6 st2 p1,2,0,3",
+        "n2c4h13w39k16r8s8 st2 p3",
+        "n1c1h9w40k17r5s5 st2 p1,2,0,3",
+        "n1c3h6w5k16r7s7 st2 p3",  # a first layer whose image is smaller than its kernel
     ),
     "dilations": (
         "n1c3h11w12k5r3s3 d2 p2",
@@ -126,6 +134,8 @@ CASES: dict[str, tuple[str, ...]] = {
                 "n1c4h6w6k4r3s3 p1 g4",
                 "n1c4h6w7k6r3s3 p1 g2",
                 "n1c3h6w7k4r1s1 p1",
+                "n1c3h11w14k16r7s7 st2 p3",
+                "n1c16h7w6k17r3s3 st2 p1",
             )
         ),
         "n1c2h1w1k3r3s3 p1 replicate",
@@ -205,6 +215,8 @@ TARGET_CASES: tuple[str, ...] = (
     "n1c5h9w10k10r5s5 p2 g5 st2",
     "n1c18h7w9k17r3s3 p1",
     "n1c17h9w14k18r3s3 p2 d2",
+    "n1c17h9w11k16r3s3 p1 st2",
+    "n1c16h8w9k17r5s5 p2",
     "n1c16h6w7k16r3s3 p1 g8",
     "n5c21h1w1k37r1s1",
     "n2c5h3w4k9r3s4",

@@ -18,9 +18,14 @@ def _zero_padded(p: ConvProblem) -> bool:
 
 
 def _winograd(p: ConvProblem) -> bool:
-    dense_3x3 = (p.r, p.s, p.stride, p.g) == (3, 3, (1, 1), 1)
-    dilation = p.dilation == (1, 1) if p.direction == "grad_weight" else max(p.dilation) <= 64
-    return p.dtype == "f32" and dense_3x3 and dilation and min(p.c, p.k) >= 16 and _zero_padded(p)
+    if p.dtype != "f32" or p.g != 1 or p.k < 16 or not _zero_padded(p):
+        return False
+    if p.direction == "grad_weight":
+        return (p.r, p.s, p.stride, p.dilation) == (3, 3, (1, 1), (1, 1)) and p.c >= 16
+    if p.stride == (1, 1):
+        return p.r == p.s and 2 <= p.r <= 5 and max(p.dilation) <= 64 and p.c >= 16
+    square = (p.r + 1) // 2 == (p.s + 1) // 2 and 3 <= p.r <= 10
+    return (p.direction, p.stride, p.dilation) == ("forward", (2, 2), (1, 1)) and square and (p.c <= 4 or p.c >= 16)
 
 
 def _matrices(p: ConvProblem) -> bool:

@@ -28,6 +28,8 @@ EDGES = (
     "n1c3h9w34k3r2s3 st2 d1x3",
     "n1c4h5w6k6r3s3 p1 g2",
     "n1c18h5w17k17r3s3 p1",
+    "n1c4h9w40k16r5s5 st2",
+    "n1c1h7w75k17r4s3 st2 p0,1,0,1",
     "n1c34h5w6k34r3s3 p1 g17",
     "n1c7h6w9k7r3s3 p1 g7",
     "n1c3h9w17k3r5s5 p2 st2 g3",

@@ -1,4 +1,4 @@
-"""Winograd convolution, 3x3 with stride 1 and any dilation, in float32: forward and grad_input."""
+"""Winograd convolution in float32: forward and grad_input of square kernels with stride 1, forward with stride 2."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ from .frozen import Packing
 from .plan import CpuPlan
 from .target import Target
 from .tile import PAGE, align, odd_lines
+from .winograd_few import PIXEL, few_strip_bytes
 from .winograd_filter import filter_scratch_bytes
-from .winograd_form import MOST_SPREAD, Roles, out_tables, source_tables, tile_starts
+from .winograd_form import MOST_SPREAD, Form, Reads, Roles, out_tables, tile_starts
 from .winograd_input import strip_bytes, strip_groups, strip_table
 from .winograd_kernel import ARGUMENTS, LINE, WinogradKernel
 from .winograd_output import output_scratch_bytes
 from .winograd_tiling import WinogradConfig, candidates, choose_config, choose_kept, direct_cycles
-from .winograd_transform import ERROR_LIMIT, F2, F4, Algorithm
+from .winograd_transform import ALGORITHMS, ERROR_LIMIT, Algorithm
 
 __all__ = ["WINOGRAD", "Winograd", "build_plan", "refusal"]
 
@@ -36,29 +37,33 @@ _REPRODUCIBLE_BATCH = 8  # the batch that the choice of algorithm is made for wh
 
 
 @lru_cache(maxsize=1024)
-def _error_bound(algorithm: Algorithm, channels: int) -> float:
-    return algorithm.error_bound(channels)
+def _error_bound(algorithm: Algorithm, channels: int, form: Form) -> float:
+    return algorithm.error_bound(channels, form.short)
+
+
+def algorithms(problem: ConvProblem) -> tuple[Algorithm, ...]:
+    """Those for the problem's kernel and stride."""
+    return ALGORITHMS[Roles(problem).form.taps[0]]
 
 
 def _allowed(problem: ConvProblem) -> tuple[Algorithm, ...]:
     """The algorithms whose error is within the limit."""
-    return tuple(a for a in (F4, F2) if _error_bound(a, Roles(problem).source_channels) <= ERROR_LIMIT)
+    roles = Roles(problem)
+    return tuple(a for a in algorithms(problem) if _error_bound(a, roles.source_channels, roles.form) <= ERROR_LIMIT)
 
 
 def refusal(problem: ConvProblem, target: Target) -> str | None:
     """Why Winograd's algorithm does not apply, in any direction, or None."""
     lanes = max(16, target.lanes("float"))
-    if (problem.r, problem.s) != (3, 3) or problem.stride != (1, 1):
-        return "3x3 kernels with stride 1 only"
-    if problem.dilation != (1, 1) and problem.direction == "grad_weight":
-        return "the weight's gradient with dilation 1 only"
-    if max(problem.dilation) > MOST_SPREAD:
-        return f"dilation above {MOST_SPREAD}"
+    roles = Roles(problem)
+    reason = _form_refusal(problem)
+    if reason is not None:
+        return reason
     if problem.g != 1:
         return "one group only"
     if problem.dtype != "f32":
         return "float32 only: the transforms' rounding is within its bound there"
-    if min(problem.c, problem.k) < lanes:
+    if min(problem.k if roles.forward and roles.few else problem.c, problem.k) < lanes:
         return f"fewer than {lanes} channels: the transforms cost more than they save"
     if problem.direction == "grad_input" and problem.padding_mode != "zeros":
         return "grad_input in this padding mode is padded_grad_input's"
@@ -69,13 +74,28 @@ def refusal(problem: ConvProblem, target: Target) -> str | None:
     return None
 
 
+def _form_refusal(problem: ConvProblem) -> str | None:
+    """What is wrong with kernel, stride and dilation."""
+    taps = Roles(problem).form.taps
+    if problem.direction == "grad_weight" and ((problem.r, problem.s) != (3, 3) or problem.stride != (1, 1) or problem.dilation != (1, 1)):
+        return "the weight's gradient for 3x3 kernels with stride 1 and dilation 1 only"
+    if problem.stride not in ((1, 1), (2, 2)) or (problem.stride == (2, 2) and (problem.direction != "forward" or problem.dilation != (1, 1))):
+        return "stride 1, or forward with stride 2 and dilation 1, only"
+    if taps[0] != taps[1] or taps[0] not in ALGORITHMS:
+        return "square kernels of 2 to 5 rows, of 3 to 10 with stride 2, only"
+    if max(problem.dilation) > MOST_SPREAD:
+        return f"dilation above {MOST_SPREAD}"
+    return None
+
+
 class _Layout:
     """Sizes and places in memory, all in bytes."""
 
     def __init__(self, roles: Roles, numeric: Numeric, config: WinogradConfig, kernel: WinogradKernel, threads: int) -> None:
         algorithm = config.algorithm
         points, size, vector = algorithm.n**2, numeric.compute_bytes, numeric.lanes * numeric.compute_bytes
-        source, out = roles.source_channels, roles.out_channels
+        source, out, form = roles.source_channels, roles.out_channels, roles.form
+        components = len(form.components)
         self.tiles_p, self.tiles_q = roles.grid(algorithm.m)
         self.tiles = roles.problem.n * self.tiles_p * self.tiles_q
         self.blocks = -(-self.tiles // config.tiles)
@@ -84,20 +104,23 @@ class _Layout:
         self.wide_panels = out_vectors - self.panels * (config.vectors - 1) if kernel.narrow else self.panels
         self.pieces = max(1, source // config.piece)
         run_over = config.tiles + config.rows
-        self.v_pitch = align(source * size) + LINE
+        longest = (source - (self.pieces - 1) * config.piece) * components
+        by_pieces = roles.by_pieces
+        self.v_pitch = PIXEL * size if roles.few else align((longest if by_pieces else source) * size) + LINE
         self.v_point = odd_lines(run_over * self.v_pitch)
         self.m_point = odd_lines(run_over * config.vectors * vector)
-        v, m = points * self.v_point + _SLACK, points * self.m_point
-        longest = source - (self.pieces - 1) * config.piece
-        u_piece = points * (longest * config.vectors * vector + LINE)
-        u = points * (source * out_vectors * vector + self.panels * LINE) + _SLACK
-        columns = roles.spread[1], roles.groups[1]
-        strip = max(
-            strip_bytes(algorithm, numeric, *columns) if roles.problem.format == "nchw" else 0,
-            output_scratch_bytes(algorithm, numeric, config.vectors, roles.problem.format, *columns),
-            filter_scratch_bytes(numeric),
-        )
+        self.m_panel = points * self.m_point
         tiles_first = config.order == "tiles"
+        v = points * self.v_point + _SLACK
+        m = self.m_panel * (-(-self.panels // config.shares) if by_pieces else 1)
+        u_piece = points * (longest * config.vectors * vector + LINE)
+        u = points * (roles.virtual * out_vectors * vector + self.panels * LINE) + _SLACK
+        nchw = roles.problem.format == "nchw"
+        strip = max(
+            few_strip_bytes(algorithm, numeric) if roles.few else strip_bytes(algorithm, numeric, roles.step[1], roles.groups[1], form.stride) * nchw,
+            output_scratch_bytes(algorithm, numeric, config.vectors, roles.problem.format, roles.spread[1], roles.groups[1]),
+            filter_scratch_bytes(numeric, form),
+        )
         self.m_at = align(v if tiles_first else u_piece + _SLACK) + 5 * LINE
         self.strip_at = align(self.m_at + m) + 3 * LINE
         self.scratch_size = align(self.strip_at + strip + _SLACK, PAGE) + 9 * LINE
@@ -114,13 +137,16 @@ def build_plan(problem: ConvProblem, target: Target, threads: int, config: Winog
     narrow = -(-roles.out_channels // lanes) % config.vectors != 0
     formats = problem.format, problem.weight_format
     dilated = problem.format == "nchw" and roles.spread[1] > 1
-    kernel = WinogradKernel(target, config.algorithm.m, *formats, not roles.forward, config.order, config.rows, config.vectors, narrow, dilated)
+    kernel = WinogradKernel(
+        target, config.algorithm.m, *formats, not roles.forward, config.order, config.rows, config.vectors, narrow,
+        dilated, roles.form, roles.source_channels if roles.few else 0,
+    )  # fmt: skip
     layout = _Layout(roles, numeric, config, kernel, threads)
     tables = _tables(roles, numeric, config.algorithm, layout)
     values = _values(roles, config, layout, tables)
     facts = {
         "tile": f"{config.algorithm.m}x{config.algorithm.m}", "order": config.order, "block_tiles": config.tiles, "blocks": layout.blocks,
-        "predicted_cycles": config.cycles, "error_bound": _error_bound(config.algorithm, roles.source_channels),
+        "predicted_cycles": config.cycles, "error_bound": _error_bound(config.algorithm, roles.source_channels, roles.form),
     }  # fmt: skip
     packing = Packing(ARGUMENTS, "filter_tasks", "tasks") if config.order == "tiles" else None
     block = ARGUMENTS.pack(threads, values)
@@ -131,12 +157,15 @@ def _tables(roles: Roles, numeric: Numeric, algorithm: Algorithm, layout: _Layou
     """The arguments that are addresses of tables."""
     nhwc, spread, m = roles.problem.format == "nhwc", roles.spread, algorithm.m
     starts = tile_starts(layout.tiles_p, m, spread[0], roles.groups[0]), tile_starts(layout.tiles_q, m, spread[1], roles.groups[1])
-    source = source_tables(roles.source_size, roles.source_channels, starts, algorithm.n, spread, roles.before, roles.padding_mode, nhwc)
+    reads = Reads(roles.source_size, roles.source_channels, algorithm.n, roles.before, roles.padding_mode, roles.step, roles.form.stride)
+    rows, columns = reads.tables(starts, nhwc)
+    if roles.few:
+        columns = reads.positions(starts[1], 4 * roles.source_channels if nhwc else 4)
+    zeros = max(roles.source_channels, roles.out_channels, roles.source_size[1] * roles.source_channels if roles.few else 0) + 64
     out = out_tables(roles.out_size, roles.out_channels, starts, m, spread, nhwc)
     return {
-        "row_table": source[0], "column_table": source[1], "out_row_table": out[0], "out_column_table": out[1],
-        "strip_table": strip_table(m, numeric, spread[1], roles.groups[1]),
-        "zeros": np.zeros(max(roles.source_channels, roles.out_channels) + 64, np.float32),
+        "row_table": rows, "column_table": columns, "out_row_table": out[0], "out_column_table": out[1],
+        "strip_table": strip_table(m, numeric, roles.step[1], roles.groups[1], roles.form.stride), "zeros": np.zeros(zeros, np.float32),
     }  # fmt: skip
 
 
@@ -147,10 +176,11 @@ def _values(roles: Roles, config: WinogradConfig, layout: _Layout, tables: _Tabl
     source, out = roles.source_channels, roles.out_channels
     nhwc = problem.format == "nhwc"
     plane = out_height * out_width * 4
+    taps, group, form = problem.r * problem.s, roles.groups[1] if max(roles.spread) > 1 else 1, roles.form
     if problem.weight_format == "nchw":
-        k_pitch, c_pitch, tap_pitch = problem.c * 9 * 4, 9 * 4, 4
+        k_pitch, c_pitch, tap_pitch = problem.c * taps * 4, taps * 4, 4
     else:
-        k_pitch, c_pitch, tap_pitch = problem.c * 9 * 4, 4, problem.c * 4
+        k_pitch, c_pitch, tap_pitch = problem.c * taps * 4, 4, problem.c * 4
     tiles_first = config.order == "tiles"
     share_panels = -(-layout.panels // config.shares)
     shares = -(-layout.panels // share_panels)
@@ -158,16 +188,17 @@ def _values(roles: Roles, config: WinogradConfig, layout: _Layout, tables: _Tabl
     return {
         "tiles_p": layout.tiles_p, "tiles_q": layout.tiles_q, "source_channels": source, "source_image": source * height * width * 4,
         "source_channel": height * width * 4, "source_width": width, "column_before": roles.before[1],
-        "column_group": roles.groups[1], "column_spread": roles.spread[1], "strip_tiles": strip_groups(roles.groups[1]) * roles.groups[1],
+        "column_group": group, "column_spread": roles.step[1], "strip_tiles": strip_groups(group, form.stride) * group,
         **{name: table.ctypes.data for name, table in tables.items()},
         "out_width": out_width, "out_image": out * plane, "out_channel": 4 if nhwc else plane,
         "filter_tasks": layout.panels * layout.pieces, "input_tasks": layout.blocks * input_pieces,
         "tasks": layout.blocks * (shares if tiles_first else layout.panels), "tiles": layout.tiles, "block_tiles": config.tiles,
         "input_pieces": input_pieces, "piece_tiles": config.input_tiles, "shares": shares, "share_panels": share_panels, "panels": layout.panels,
-        "wide_panels": layout.wide_panels, "out_channels": out, "reduced_pieces": layout.pieces, "reduced_piece": config.piece, "chunk": config.chunk,
+        "wide_panels": layout.wide_panels, "out_channels": out, "reduced_pieces": layout.pieces, "reduced_piece": config.piece,
+        "chunk": config.chunk * len(form.components),
         "reduced_pitch": c_pitch if roles.forward else k_pitch, "lane_pitch": k_pitch if roles.forward else c_pitch, "tap_pitch": tap_pitch,
         "has_bias": int(problem.epilogue.bias and roles.forward), "v_point": layout.v_point, "v_pitch": layout.v_pitch, "v_block": layout.v_block,
-        "m_point": layout.m_point, "u_at": 0, "v_at": 0, "scratch_at": layout.scratch_at, "scratch_size": layout.scratch_size,
+        "m_point": layout.m_point, "m_panel": layout.m_panel, "u_at": 0, "v_at": 0, "scratch_at": layout.scratch_at, "scratch_size": layout.scratch_size,
         "m_at": layout.m_at, "strip_at": layout.strip_at,
     }  # fmt: skip
 

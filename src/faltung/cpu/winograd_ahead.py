@@ -10,7 +10,7 @@ from functools import partial
 from ..codegen.emit import Function, Module, Value
 from ..codegen.entry import ArgumentBlock
 from .pack import Arguments
-from .winograd_form import table_pitch
+from .winograd_form import Form, table_pitch
 from .winograd_transform import Algorithm
 
 __all__ = ["emit_touch"]
@@ -18,7 +18,7 @@ __all__ = ["emit_touch"]
 _LINE = 64
 
 
-def emit_touch(module: Module, arguments: ArgumentBlock, algorithm: Algorithm, source: bool) -> Function:
+def emit_touch(module: Module, arguments: ArgumentBlock, algorithm: Algorithm, form: Form, source: bool) -> Function:
     """``touch_<source or out>(block, base, first, last, width)``: ``width`` bytes of each of the m x m pixels of tiles ``first .. last - 1`` (nhwc)."""
     f = module.function(f"touch_{'source' if source else 'out'}", [("ptr", "block"), ("ptr", "base"), ("i64", "first"), ("i64", "last"), ("i64", "width")])
     a = Arguments(f, arguments, f["block"])
@@ -34,15 +34,16 @@ def emit_touch(module: Module, arguments: ArgumentBlock, algorithm: Algorithm, s
     def tile(index: Value) -> None:
         row, q = index // tiles_q, index % tiles_q
         image = f["base"] + (row // tiles_p) * a[f"{side}_image"]
-        places = [f.load_index(columns, q * wide + first + j) for j in range(m)]
-        row_places = rows + ((row % tiles_p) * wide + first) * 8
 
-        def line(i: Value) -> None:
+        def line(row_places: Value, places: list[Value], i: Value) -> None:
             start = image + f.load_index(row_places, i)
             for place in places:  # those outside lie a byte before the image
                 f.loop(0, f["width"], _LINE, partial(ask, start + place))
 
-        f.loop(0, m, 1, line)
+        for down, right in form.components if source else ((0, 0),):
+            places = [f.load_index(columns, (q + tiles_q * right) * wide + first + j) for j in range(m)]
+            row_places = rows + ((row % tiles_p + tiles_p * down) * wide + first) * 8
+            f.loop(0, m, 1, partial(line, row_places, places))
 
     f.loop(f["first"], f["last"], 1, tile)
     f.ret()

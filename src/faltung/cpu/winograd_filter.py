@@ -9,25 +9,26 @@ from collections.abc import Callable, Sequence
 
 from ..codegen.emit import Function, Module, Value
 from ..codegen.numeric import Numeric
+from .winograd_form import FEW, Form
 from .winograd_transform import Algorithm, emit_filter_1d, transform_2d
 
 __all__ = ["FILTER_PARAMETERS", "emit_filter", "filter_scratch_bytes"]
 
 FILTER_PARAMETERS = ("weight", "u", "scratch", "count", "valid", "reduced_pitch", "lane_pitch", "tap_pitch", "u_point", "u_channel")
-_TAPS = 9
 
 
-def filter_scratch_bytes(numeric: Numeric) -> int:
-    """Scratch of the filter transform: ``lanes`` reduced channels' taps for one vector of output channels."""
-    return _TAPS * numeric.lanes * numeric.lanes * numeric.compute_bytes
+def filter_scratch_bytes(numeric: Numeric, form: Form) -> int:
+    """Scratch of the filter transform: ``lanes`` reduced channels' taps (or those of a few channels) for one vector of output channels."""
+    return form.r * form.s * max(FEW, numeric.lanes) * numeric.lanes * numeric.compute_bytes
 
 
-def emit_filter(module: Module, numeric: Numeric, algorithm: Algorithm, flipped: bool, weight_format: str) -> Function:
+def emit_filter(module: Module, numeric: Numeric, algorithm: Algorithm, form: Form, flipped: bool, weight_format: str, few: int = 0) -> Function:
     """``filter(weight, u, scratch, count, valid, reduced_pitch, lane_pitch, tap_pitch, u_point, u_channel)``.
 
     ``count`` reduced channels (at least one vector) of ``valid`` output channels (at least one vector) from ``weight`` on.  Byte pitches of
     the weight: from one reduced channel to the next, from one output channel to the next, from tap to tap; of U: points, reduced channels.
-    ``flipped`` (grad_input): reduced are the weight's first channels, and the taps are turned by 180 degrees::
+    ``flipped`` (grad_input): reduced are the weight's first channels, and the taps are turned by 180 degrees.  ``few``: there are so few reduced channels,
+    less than a vector.  The rows of a component follow those of the one before it::
 
         for vector of output channels, vector of reduced channels:
             gather taps into scratch                  [reduced channel][tap][lane]
@@ -36,8 +37,19 @@ def emit_filter(module: Module, numeric: Numeric, algorithm: Algorithm, flipped:
     pointers = [("ptr", name) for name in FILTER_PARAMETERS[:3]]
     f = module.function("filter", [*pointers, *(("i64", name) for name in FILTER_PARAMETERS[3:])])
     lanes, size = numeric.lanes, numeric.compute_bytes
-    gather = _gathers(f, numeric)[flipped, weight_format]
-    order = range(_TAPS - 1, -1, -1) if flipped else range(_TAPS)
+    every = form.r * form.s
+    gather = _gathers(f, numeric, every)[flipped, weight_format]
+    tap_pitch, channel_pitch = (few, 1) if few and weight_format == "nhwc" else (1, every)  # vectors of scratch
+
+    def transform(source: Value, target: Value) -> None:
+        def tap(index: int) -> Value:
+            place = every - 1 - index if flipped else index
+            return f.load(source + place * (tap_pitch * lanes * size), numeric.vector)
+
+        for number, component in enumerate(form.components):
+            place = target + f["count"] * f["u_channel"] * number if number else target
+            taps = [[None if (t := form.tap(component, i, j)) is None else tap(t) for i in range(algorithm.taps)] for j in range(algorithm.taps)]
+            _transform(f, numeric, algorithm, form, number, taps, place)
 
     def out_block(k: Value) -> None:
         out = f.minimum(k, f["valid"] - lanes)
@@ -46,30 +58,61 @@ def emit_filter(module: Module, numeric: Numeric, algorithm: Algorithm, flipped:
             first = f.minimum(c, f["count"] - lanes)
             gather(f["weight"] + out * f["lane_pitch"] + first * f["reduced_pitch"])
 
-            def transform(i: Value) -> None:
-                source = f["scratch"] + i * (_TAPS * lanes * size)
-                taps = [f.load(source + tap * (lanes * size), numeric.vector) for tap in order]
-                _transform(f, numeric, algorithm, taps, f["u"] + (first + i) * f["u_channel"] + out * size)
+            def one(i: Value) -> None:
+                transform(f["scratch"] + i * (channel_pitch * lanes * size), f["u"] + (first + i) * f["u_channel"] + out * size)
 
-            f.loop(0, lanes, 1, transform)
+            f.loop(0, lanes, 1, one)
 
-        f.loop(0, f["count"], lanes, reduced_block)
+        if few:
+            _gather_whole(f, numeric, f["weight"] + out * f["lane_pitch"], every * few)
+            for i in range(few):
+                transform(f["scratch"] + i * (channel_pitch * lanes * size), f["u"] + f["u_channel"] * i + out * size)
+        else:
+            f.loop(0, f["count"], lanes, reduced_block)
 
     f.loop(0, f["valid"], lanes, out_block)
     f.ret()
     return f
 
 
-def _transform(f: Function, numeric: Numeric, algorithm: Algorithm, taps: Sequence[Value], target: Value) -> None:
-    columns = [[taps[3 * i + j] for i in range(3)] for j in range(3)]
+def _transform(f: Function, numeric: Numeric, algorithm: Algorithm, form: Form, number: int, columns: Sequence[Sequence[Value | None]], target: Value) -> None:
+    """One component of a vector of filters; its zeros are stored where the products do not leave them out."""
+    last = algorithm.n - 1
     for i, row in enumerate(transform_2d(f, emit_filter_1d, algorithm, columns, numeric.target.fma)):
         base = target + f["u_point"] * (i * algorithm.n)
         for j, value in enumerate(row):
-            f.store(value, base + f["u_point"] * j)
+            first, stop = form.active(i == last, j == last)
+            if first <= number < stop:
+                f.store(f.zero(numeric.vector) if value is None else value, base + f["u_point"] * j)
 
 
-def _gathers(f: Function, numeric: Numeric) -> dict[tuple[bool, str], Callable[[Value], None]]:
-    """Gathers of ``lanes`` reduced by ``lanes`` output channels' taps into ``scratch`` [reduced channel][tap][lane]."""
+def _gather_whole(f: Function, numeric: Numeric, base: Value, count: int) -> None:
+    """The ``count`` weights of each of ``lanes`` output channels (at least a vector) into ``scratch`` [weight][lane]."""
+    lanes, size = numeric.lanes, numeric.compute_bytes
+    if count < lanes:
+
+        def lane(i: Value) -> None:
+            place, target = base + i * f["lane_pitch"], f["scratch"] + i * size
+            for weight in range(count):
+                f.store(f.load(place + weight * size, numeric.compute), target + weight * (lanes * size))
+
+        f.loop(0, lanes, 1, lane)
+        return
+
+    def block(c: Value) -> None:
+        first = f.minimum(c, count - lanes)
+        loaded, place = [], base + first * size
+        for _ in range(lanes):
+            loaded.append(f.load(place, numeric.vector))
+            place = place + f["lane_pitch"]
+        for j, vector in enumerate(f.transpose(loaded)):
+            f.store(vector, f["scratch"] + (first + j) * (lanes * size))
+
+    f.loop(0, count, lanes, block)
+
+
+def _gathers(f: Function, numeric: Numeric, every: int) -> dict[tuple[bool, str], Callable[[Value], None]]:
+    """Gathers of ``lanes`` reduced by ``lanes`` output channels' taps, ``every`` of them, into ``scratch`` [reduced channel][tap][lane]."""
     lanes, size = numeric.lanes, numeric.compute_bytes
     vector_bytes = lanes * size
 
@@ -87,7 +130,7 @@ def _gathers(f: Function, numeric: Numeric) -> dict[tuple[bool, str], Callable[[
             for j, vector in enumerate(f.transpose(loaded)):
                 f.store(vector, f["scratch"] + (i * lanes + j) * vector_bytes)
 
-        f.loop(0, _TAPS, 1, block)
+        f.loop(0, every, 1, block)
 
     def taps_of_lanes(base: Value) -> None:
         """(k, r, s, c): for each tap a square of channels."""
@@ -99,33 +142,33 @@ def _gathers(f: Function, numeric: Numeric) -> dict[tuple[bool, str], Callable[[
                 loaded.append(f.load(place, numeric.vector))
                 f.prefetch(place + 64, 3)  # the next block's: lines this far apart are out of the hardware's sight
             for j, vector in enumerate(f.transpose(loaded)):
-                f.store(vector, f["scratch"] + (t + j * _TAPS) * vector_bytes)
+                f.store(vector, f["scratch"] + (t + j * every) * vector_bytes)
 
-        f.loop(0, _TAPS, 1, tap)
+        f.loop(0, every, 1, tap)
 
     def lanes_apart(base: Value) -> None:
         """(k, c, r, s), flipped: lanes are ``taps`` apart; squares of lanes by taps, the taps left over one by one."""
 
         def reduced(i: Value) -> None:
             source = base + i * f["reduced_pitch"]
-            target = f["scratch"] + i * (_TAPS * vector_bytes)
-            for line in range(_TAPS * vector_bytes // 64):
-                f.prefetch(source + (_TAPS * vector_bytes + line * 64), 2)  # the same of the next vector of output channels
+            target = f["scratch"] + i * (every * vector_bytes)
+            for line in range(every * vector_bytes // 64):
+                f.prefetch(source + (every * vector_bytes + line * 64), 2)  # the same of the next vector of output channels
             done = 0
-            while done < _TAPS:
-                some = min(lanes, _TAPS - done)
+            while done < every:
+                some = min(lanes, every - done)
                 if some == lanes or numeric.target.masks:
                     mask = None if some == lanes else f.lane_mask(some, lanes)
                     loaded = []
                     for lane in range(lanes):
-                        place = source + (lane * _TAPS + done) * size
+                        place = source + (lane * every + done) * size
                         loaded.append(f.load(place, numeric.vector) if mask is None else f.load_masked(place, mask, numeric.vector))
                     for j, vector in enumerate(f.transpose(loaded)[:some]):
                         f.store(vector, target + (done + j) * vector_bytes)
                 else:
                     for j in range(some):
                         for lane in range(lanes):
-                            f.store(f.load(source + (lane * _TAPS + done + j) * size, numeric.compute), target + (done + j) * vector_bytes + lane * size)
+                            f.store(f.load(source + (lane * every + done + j) * size, numeric.compute), target + (done + j) * vector_bytes + lane * size)
                 done += some
 
         f.loop(0, lanes, 1, reduced)
@@ -134,8 +177,8 @@ def _gathers(f: Function, numeric: Numeric) -> dict[tuple[bool, str], Callable[[
         """(k, r, s, c), flipped: lanes are neighbours."""
 
         def reduced(i: Value) -> None:
-            source, target = base + i * f["reduced_pitch"], f["scratch"] + i * (_TAPS * vector_bytes)
-            for tap in range(_TAPS):
+            source, target = base + i * f["reduced_pitch"], f["scratch"] + i * (every * vector_bytes)
+            for tap in range(every):
                 f.store(f.load(source + f["tap_pitch"] * tap, numeric.vector), target + tap * vector_bytes)
 
         f.loop(0, lanes, 1, reduced)

@@ -8,6 +8,7 @@ from typing import Protocol
 from ..codegen.emit import Function, Module, Value
 from ..codegen.numeric import Numeric
 from .micro import Pitches
+from .winograd_form import Form
 
 __all__ = ["Panels", "emit_gemm", "emit_multiply", "for_groups", "gemm_rows"]
 
@@ -114,6 +115,17 @@ def emit_gemm(module: Module, numeric: Numeric, rows: int, vectors: int, *, tran
     return f
 
 
+def _active(f: Function, form: Form, t: Value, n: int) -> tuple[Value, Value]:
+    """The components that the point ``t`` multiplies."""
+    last_row, last_column = t >= n * (n - 1), (t % n).equals(n - 1)
+
+    def choose(i: int) -> Value:
+        values = [[f.value(form.active(row, column)[i]) for column in (False, True)] for row in (False, True)]
+        return f.select(last_row, *(f.select(last_column, yes, no) for no, yes in values[::-1]))
+
+    return choose(0), choose(1)
+
+
 def for_groups(f: Function, total: Value, rows: int, body: Callable[[Value, Value, int], None]) -> None:
     """``body(index, start, size)`` for ``total`` split into groups of ``rows`` and ``rows - 1``, as few as possible; the last may run over the end."""
     groups = (total + (rows - 1)) // rows
@@ -124,10 +136,11 @@ def for_groups(f: Function, total: Value, rows: int, body: Callable[[Value, Valu
         f.loop(wide, groups, 1, lambda i: body(i, i * (rows - 1) + wide, rows - 1))
 
 
-def emit_multiply(module: Module, numeric: Numeric, points: int, rows: int, vectors: int, touch: tuple[Function, Function] | None = None) -> Function:
-    """``multiply_<vectors>``: every point's product for one panel of U and ``tiles`` tiles.
+def emit_multiply(module: Module, numeric: Numeric, n: int, form: Form, rows: int, vectors: int, touch: tuple[Function, Function] | None = None) -> Function:
+    """``multiply_<vectors>``: every point's product for one panel of U and ``tiles`` tiles, n x n points.
 
-    The reduction is cut into pieces of ``chunk`` channels, the last one up to twice as long.  ``touch``: functions that ask for the pixels of the
+    The reduction is cut into pieces of ``chunk`` virtual channels, the last one up to twice as long.  Of a piece, a point multiplies the components that are
+    not zero there.  ``touch``: functions that ask for the pixels of the
     output, then of the source of tiles to come (see :func:`emit_touch`); each point asks for its share.
 
     V is ``[point][tile][channel]``, U ``[point][channel][vectors * lanes]``, M ``[point][tile][vectors * lanes]``::
@@ -137,19 +150,25 @@ def emit_multiply(module: Module, numeric: Numeric, points: int, rows: int, vect
     Tiles are split into groups of ``rows`` and ``rows - 1``; a last group may run over the end of V and M, into scratch.
     """
     f = module.function(f"multiply_{vectors}", MULTIPLY)
+    points, components = n * n, len(form.components)
     size = numeric.compute_bytes
     width = vectors * numeric.lanes * size
     gemms = {size: emit_gemm(module, numeric, size, vectors) for size in (rows, rows - 1) if size}
 
     def point(t: Value) -> None:
         v, u, m = f["v"] + t * f["v_point"], f["u"] + t * f["u_point"], f["m"] + t * f["m_point"]
+        begin, stop = _active(f, form, t, n) if components > 1 else (f.value(0), f.value(1))
 
-        def piece(c: Value) -> None:
+        def piece(start_of_piece: Value) -> None:
+            c = start_of_piece
             rest = f["count"] - c
             length = f.select(rest < f["chunk"] * 2, rest, f["chunk"])
+            following = u + (c + length) * width
+            if components > 1:
+                each = length // components
+                c, length = c + each * begin, each * (stop - begin)
             panel = u + c * width
-            fresh = f.integer("and", f["first"], f.cast("zext", c.equals(0), "i64"))
-            following = panel + length * width
+            fresh = f.integer("and", f["first"], f.cast("zext", start_of_piece.equals(0), "i64"))
 
             def group(index: Value, tile: Value, count: int) -> None:
                 place = m + tile * width
@@ -165,7 +184,8 @@ def emit_multiply(module: Module, numeric: Numeric, points: int, rows: int, vect
             share = f["tiles"]
             start, stop = t * share // points, (t + 1) * share // points
             f.call(touch[0], [f["block"], f["out"], f["out_first"] + start, f["out_first"] + stop, f.value(width)])
-            f.call(touch[1], [f["block"], f["source"], f["source_first"] + start, f["source_first"] + stop, f["source_width"]])
+            with f.when(f["source_width"] > 0):
+                f.call(touch[1], [f["block"], f["source"], f["source_first"] + start, f["source_first"] + stop, f["source_width"]])
 
     f.loop(0, points, 1, point)
     f.ret()

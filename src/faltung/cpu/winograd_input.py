@@ -8,17 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from ..codegen.emit import Function, Module, Scalar, Value, vector_type
 from ..codegen.entry import ArgumentBlock
 from ..codegen.numeric import Numeric
 from .pack import Arguments, zero_run
-from .winograd_form import Table, table_pitch, tile_starts
+from .winograd_form import PLAIN, Form, Table, table_pitch, tile_starts
 from .winograd_transform import Algorithm, Transform1d, emit_input_1d, emit_lift_1d, transform_2d
 
 __all__ = [
     "GRADIENT_ARGUMENTS", "INPUT_ARGUMENTS", "LIFT", "LIFT_SUMS", "STRIP_ARGUMENTS", "STRIP_TILES", "Strips", "channel_start", "emit_input", "strip_bytes",
-    "strip_groups", "strip_table", "tile_rows",
+    "strip_groups", "strip_table", "tile_rows", "transform_tile",
 ]  # fmt: skip
 
 INPUT_ARGUMENTS = (
@@ -39,46 +40,42 @@ GRADIENT_ARGUMENTS = tuple(f"gradient_{name}" for name in INPUT_ARGUMENTS if nam
 STRIP_TILES = 16  # neighbouring tiles of an image that nchw transposes at once
 
 
-def strip_groups(group: int) -> int:
-    """Groups of tiles of a strip, for ``group`` residues of columns."""
-    return max(1, STRIP_TILES // group)
+def strip_groups(group: int, stride: int = 1) -> int:
+    """Groups of tiles of a strip, for ``group`` residues of columns; with a stride a tile has that many times the rows and columns."""
+    return max(1, STRIP_TILES // (group * stride * stride))
 
 
-def strip_columns(algorithm: Algorithm, spread: int = 1, group: int = 1) -> int:
-    """Columns that the tiles of a strip read."""
-    return (strip_groups(group) * algorithm.m + algorithm.n - algorithm.m) * spread
-
-
-def strip_bytes(algorithm: Algorithm, numeric: Numeric, spread: int = 1, group: int = 1) -> int:
+def strip_bytes(algorithm: Algorithm, numeric: Numeric, step: int = 1, group: int = 1, stride: int = 1) -> int:
     """Scratch of nchw's input transform: n rows of the columns of a strip, ``lanes`` channels, and a block of columns run over."""
-    return (algorithm.n * strip_columns(algorithm, spread, group) + numeric.lanes) * numeric.lanes * numeric.compute_bytes
+    columns = (strip_groups(group, stride) * algorithm.m + algorithm.n - algorithm.m) * step
+    return (algorithm.n * stride * columns + numeric.lanes) * numeric.lanes * numeric.compute_bytes
 
 
-def strip_table(m: int, numeric: Numeric, spread: int, group: int) -> Table:
+def strip_table(m: int, numeric: Numeric, step: int, group: int, stride: int = 1) -> Table:
     """Bytes from the first pixel of a strip's scratch to that of each of its tiles."""
-    return tile_starts(strip_groups(group) * group, m, spread, group) * (numeric.lanes * numeric.compute_bytes)
+    return tile_starts(strip_groups(group, stride) * group, m, step, group) * (numeric.lanes * numeric.compute_bytes)
 
 
 class Strips:
-    """How the tiles of a row of tiles lie in nchw's strips: side by side, or (``dilated``) in groups of residues."""
+    """How the tiles of a row of tiles lie in nchw's strips: side by side, or (``spread``) in groups of residues and with pixels apart."""
 
-    def __init__(self, f: Function, a: Arguments, numeric: Numeric, m: int, dilated: bool) -> None:
-        self._f, self._m, self._dilated = f, m, dilated
+    def __init__(self, f: Function, a: Arguments, numeric: Numeric, m: int, spread: bool) -> None:
+        self._f, self._m, self._spread = f, m, spread
         self._pixel = numeric.lanes * numeric.compute_bytes
-        self.tiles: Scalar = a["strip_tiles"] if dilated else STRIP_TILES
-        self.spread: Scalar = a["column_spread"] if dilated else 1
-        self._group: Scalar = a["column_group"] if dilated else 1
-        self._table = a.table("strip_table") if dilated else None
-        self.pitch: Scalar = self.spread * self._pixel
+        self.tiles: Scalar = a["strip_tiles"] if spread else STRIP_TILES
+        self._step: Scalar = a["column_spread"] if spread else 1
+        self._group: Scalar = a["column_group"] if spread else 1
+        self._table = a.table("strip_table") if spread else None
+        self.pitch: Scalar = self._step * self._pixel
         """Bytes from column to column of a tile."""
 
     def column(self, tile: Value) -> Value:
         """First column of a tile that begins a group (of outputs; of what is read, in the padded image)."""
-        return tile * self._m if not self._dilated else tile // self._group * self._m * self.spread
+        return tile * self._m if not self._spread else tile // self._group * self._m * self._step
 
     def columns(self, tiles: Scalar, more: int) -> Scalar:
         """Columns of whole groups of ``tiles`` tiles and of ``more`` to the right of every tile."""
-        return tiles * self._m + more if isinstance(tiles, int) or not self._dilated else (tiles // self._group * self._m + more) * self.spread
+        return tiles * self._m + more if isinstance(tiles, int) or not self._spread else (tiles // self._group * self._m + more) * self._step
 
     def origin(self, tile: Value) -> Value:
         """Bytes from the first tile's first pixel to that of a tile of the strip."""
@@ -108,7 +105,7 @@ class Gather:
 
     name: str
     whole: bool
-    transform: Transform1d
+    transform: Transform1d[Value]
     prefix: str = ""
     sums: bool = False
 
@@ -134,30 +131,46 @@ class _Source(Arguments):
 
 
 def emit_input(
-    module: Module, arguments: ArgumentBlock, numeric: Numeric, algorithm: Algorithm, source_format: str, gather: Gather = INPUT, dilated: bool = False
+    module: Module,
+    arguments: ArgumentBlock,
+    numeric: Numeric,
+    algorithm: Algorithm,
+    source_format: str,
+    gather: Gather = INPUT,
+    form: Form = PLAIN,
+    dilated: bool = False,
 ) -> Function:
     """``input(block, source, v, scratch, first, last, channels, v_point, v_pitch)``: tiles ``first .. last - 1`` into V, tile ``first`` first.
 
     ``channels``: at least a vector, from ``source`` on.  With ``gather.sums`` also ``sums``: a vector for each vector of channels that the sums of pixels
     are added to (where 16 does not divide the channels, the last vector's are those it starts early with).  ``dilated``: tiles are of residues, and
-    nchw's tiles are whole groups of them.
+    nchw's tiles are whole groups of them.  A component's channels follow those of the one before it.
     """
     names = ("first", "last", "channels", "v_point", "v_pitch")
     pointers = [("ptr", "block"), ("ptr", "source"), ("ptr", "v"), ("ptr", "scratch")]
     f = module.function(gather.name, [*pointers, *(("i64", n) for n in names), *([("ptr", "sums")] if gather.sums else [])])
     a = _Source(f, arguments, f["block"], gather.prefix)
     if source_format == "nhwc":
-        _from_nhwc(f, a, numeric, algorithm, gather)
+        _from_nhwc(f, a, numeric, algorithm, gather, form)
     else:
-        _from_nchw(f, a, numeric, algorithm, gather, Strips(f, a, numeric, algorithm.m, dilated))
+        _from_nchw(f, a, numeric, algorithm, gather, form, Strips(f, a, numeric, algorithm.m, dilated or form.stride > 1))
     f.ret()
     return f
 
 
-def _transform(
-    f: Function, numeric: Numeric, algorithm: Algorithm, gather: Gather, pixel: Callable[[int, int], Value], target: Value, sums: Value | None
+def transform_tile(
+    f: Function,
+    numeric: Numeric,
+    algorithm: Algorithm,
+    gather: Gather,
+    pixel: Callable[[int, int], Value],
+    target: Value,
+    sums: Value | None,
+    form: Form = PLAIN,
+    component: int = 0,
 ) -> None:
-    """One vector of channels of one tile; ``pixel(i, j)`` is the address of its pixel, ``sums`` where their sum is added."""
+    """One vector of channels of one tile; ``pixel(i, j)`` is the address of its pixel, ``sums`` where their sum is added.  Points that the component is not
+    multiplied at are left out."""
     n, extent = algorithm.n, gather.extent(algorithm)
     columns = [[f.load(pixel(i, j), numeric.vector) for i in range(extent)] for j in range(extent)]
     if sums is not None:
@@ -168,13 +181,15 @@ def _transform(
     for i, row in enumerate(transform_2d(f, gather.transform, algorithm, columns, numeric.target.fma)):
         base = target + f["v_point"] * (i * n)
         for j, value in enumerate(row):
-            f.store(value, base + f["v_point"] * j)
+            first, stop = form.active(i == n - 1, j == n - 1)
+            if first <= component < stop:
+                f.store(value, base + f["v_point"] * j)
 
 
-def _from_nhwc(f: Function, a: Arguments, numeric: Numeric, algorithm: Algorithm, gather: Gather) -> None:
+def _from_nhwc(f: Function, a: Arguments, numeric: Numeric, algorithm: Algorithm, gather: Gather, form: Form) -> None:
     """::
 
-    for row of tiles, tile:
+    for row of tiles, component, tile:
         addresses of its n x n pixels             (n vectors of n addresses; that of zeros outside the image)
         for vector of channels: transform
     """
@@ -187,35 +202,44 @@ def _from_nhwc(f: Function, a: Arguments, numeric: Numeric, algorithm: Algorithm
 
     def row_of_tiles(image: Value, tile_row: Value, row_start: Value, start: Value, stop: Value) -> None:
         base = f.cast("ptrtoint", f["source"] + image * source_image, "i64")
-        rows = [f.load_index(row_table, tile_row * wide + i) for i in range(n)]
-        starts = [f.splat(base + row, wide) for row in rows]
-        inside = [f.splat(row, wide) for row in rows]
         nowhere = f.splat(zeros, wide)
         none = f.zero(vector)
 
-        def tile(index: Value) -> None:
-            columns = f.load(column_table + (index - row_start) * (8 * wide), vector)
-            for i in range(n):
-                valid = f.compare("sge", f.integer("or", columns, inside[i]), none)
-                f.store(f.select(valid, f.integer("add", starts[i], columns), nowhere), addresses + i * (8 * wide))
-            target = f["v"] + (index - f["first"]) * f["v_pitch"]
+        def component(number: int, down: int, right: int) -> None:
+            row_places = row_table + (tile_row + a["tiles_p"] * down) * (8 * wide)
+            rows = [f.load(row_places + i * 8) for i in range(n)]
+            starts = [f.splat(base + row, wide) for row in rows]
+            inside = [f.splat(row, wide) for row in rows]
+            places = column_table + (a["tiles_q"] * right - row_start) * (8 * wide)
+            behind = channels * (number * size)
 
-            def block(c: Value) -> None:
-                offset = channel_start(f, c, channels, lanes) * size
+            def tile(index: Value) -> None:
+                columns = f.load(places + index * (8 * wide), vector)
+                for i in range(n):
+                    valid = f.compare("sge", f.integer("or", columns, inside[i]), none)
+                    f.store(f.select(valid, f.integer("add", starts[i], columns), nowhere), addresses + i * (8 * wide))
+                target = f["v"] + (index - f["first"]) * f["v_pitch"]
 
-                def pixel(i: int, j: int) -> Value:
-                    return f.load(addresses + (i * wide + j) * 8, "ptr") + offset
+                def block(c: Value) -> None:
+                    offset = channel_start(f, c, channels, lanes) * size
 
-                _transform(f, numeric, algorithm, gather, pixel, target + offset, f["sums"] + c * size if gather.sums else None)
+                    def pixel(i: int, j: int) -> Value:
+                        return f.load(addresses + (i * wide + j) * 8, "ptr") + offset
 
-            f.loop(0, channels, lanes, block)
+                    sums = f["sums"] + c * size if gather.sums else None
+                    transform_tile(f, numeric, algorithm, gather, pixel, target + behind + offset, sums, form, number)
 
-        f.loop(start, stop, 1, tile)
+                f.loop(0, channels, lanes, block)
+
+            f.loop(start, stop, 1, tile)
+
+        for number, (down, right) in enumerate(form.components):
+            component(number, down, right)
 
     tile_rows(f, a, f["first"], f["last"], row_of_tiles)
 
 
-def _from_nchw(f: Function, a: Arguments, numeric: Numeric, algorithm: Algorithm, gather: Gather, strips: Strips) -> None:
+def _from_nchw(f: Function, a: Arguments, numeric: Numeric, algorithm: Algorithm, gather: Gather, form: Form, strips: Strips) -> None:
     """::
 
     for row of tiles, strip of about STRIP_TILES of them, vector of channels:
@@ -242,9 +266,9 @@ def _from_nchw(f: Function, a: Arguments, numeric: Numeric, algorithm: Algorithm
                 channel = channel_start(f, c, channels, lanes)
                 plane = f["source"] + image * source_image + channel * source_channel
 
-                def line(i: Value) -> None:
-                    offset = f.load_index(row_table, tile_row * table_pitch(n) + i)
-                    target = f["scratch"] + i * pitch
+                def line(down: int, i: Value) -> None:
+                    offset = f.load_index(row_table, (tile_row + a["tiles_p"] * down) * table_pitch(n) + i)
+                    target = f["scratch"] + (i + down * n) * pitch
 
                     def copy() -> None:
                         columns = a.table("column_table") + x * 8
@@ -252,13 +276,16 @@ def _from_nchw(f: Function, a: Arguments, numeric: Numeric, algorithm: Algorithm
 
                     f.branch(offset >= 0, copy, lambda: zero_run(f, numeric, target, count * lanes))
 
-                f.loop(0, n, 1, line)
+                for down in range(form.stride):
+                    f.loop(0, n, 1, partial(line, down))
 
                 def tile(index: Value) -> None:
-                    origin = f["scratch"] + strips.origin(index - first)
                     target = f["v"] + (index - f["first"]) * f["v_pitch"] + channel * size
                     sums = f["sums"] + c * size if gather.sums else None
-                    _transform(f, numeric, algorithm, gather, lambda i, j: origin + (i * pitch + j * strips.pitch), target, sums)
+                    for number, (down, right) in enumerate(form.components):
+                        origin = f["scratch"] + strips.origin(index - first) + (right * pixel_bytes + down * n * pitch)
+                        pixel = partial(_in_strip, origin, pitch, strips.pitch)
+                        transform_tile(f, numeric, algorithm, gather, pixel, target + channels * (number * size), sums, form, number)
 
                 f.loop(first, first + tiles, 1, tile)
 
@@ -267,6 +294,10 @@ def _from_nchw(f: Function, a: Arguments, numeric: Numeric, algorithm: Algorithm
         f.loop(start, stop, strips.tiles, strip)
 
     tile_rows(f, a, f["first"], f["last"], row_of_tiles)
+
+
+def _in_strip(origin: Value, pitch: Scalar, column: Scalar, i: int, j: int) -> Value:
+    return origin + (i * pitch + j * column)
 
 
 def _emit_pack_row(module: Module, numeric: Numeric) -> Function:

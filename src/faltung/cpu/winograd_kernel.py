@@ -6,6 +6,9 @@
     stage 2, for each block of tiles, share of the panels:
         input transform into V
         for each panel:     for each point, piece of the reduction, group of tiles: gemm into M;     output transform
+        (of several components, where V is that many times as large:
+        for each piece of the reduction:    input transform into V;     for each panel, point, group of tiles: gemm into M
+        for each panel:                     output transform)
 
 ``filters`` (few tiles, many filters: U is made piece by piece where it is used, and never written to memory)::
 
@@ -25,11 +28,13 @@ from ..codegen.entry import ArgumentBlock, Task, emit_entry
 from ..codegen.numeric import Numeric
 from .target import Target
 from .winograd_ahead import emit_touch
+from .winograd_few import emit_few_input
 from .winograd_filter import emit_filter
+from .winograd_form import PLAIN, Form
 from .winograd_gemm import Panels, emit_multiply
 from .winograd_input import INPUT_ARGUMENTS, STRIP_ARGUMENTS, emit_input
 from .winograd_output import OUTPUT_ARGUMENTS, emit_output
-from .winograd_transform import F2, F4
+from .winograd_transform import ALGORITHMS
 
 __all__ = ["ARGUMENTS", "LINE", "WinogradKernel"]
 
@@ -40,13 +45,14 @@ ARGUMENTS = ArgumentBlock(
     (
         *INPUT_ARGUMENTS, *STRIP_ARGUMENTS, *OUTPUT_ARGUMENTS,
         "filter_tasks", "input_tasks", "tasks", "tiles", "block_tiles", "input_pieces", "piece_tiles", "shares", "share_panels", "panels", "wide_panels",
-        "out_channels", "reduced_pieces", "reduced_piece", "chunk", "reduced_pitch", "lane_pitch", "tap_pitch", "has_bias", "v_point", "v_pitch", "v_block",
-        "m_point", "u_at", "v_at", "scratch_at", "scratch_size", "m_at", "strip_at",
+        "out_channels", "reduced_pieces", "reduced_piece", "chunk", "reduced_pitch", "lane_pitch", "tap_pitch", "has_bias",
+        "v_point", "v_pitch", "v_block",
+        "m_point", "m_panel", "u_at", "v_at", "scratch_at", "scratch_size", "m_at", "strip_at",
     )
 )  # fmt: skip
 """Tasks of each stage; tiles in all, of a block, of a piece of the input stage; shares of the panels and panels of a share; pieces of the
-reduction that the filter transform works on (the last one longer) and of one first-level panel; byte pitches of weight, V and M; places in
-the workspace and in a thread's scratch (from ``scratch_at``, ``scratch_size`` apart)."""
+reduction that the filter transform works on (the last one longer) and of one first-level panel; byte pitches of weight, V and M
+(``m_panel``: of panels whose M are kept at once); places in the workspace and in a thread's scratch (from ``scratch_at``, ``scratch_size`` apart)."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +60,7 @@ class WinogradKernel:
     """What a kernel is made for; everything else is an argument.
 
     ``m``: output pixels of a tile's side; ``rows`` x ``vectors`` accumulators; ``narrow``: panels one vector narrower are needed too; ``dilated``: nchw's
-    tiles lie in groups of residues (for nhwc that is all in the tables).
+    tiles lie in groups of residues (for nhwc that is all in the tables); ``few``: the source has that few channels, else 0.
     """
 
     target: Target
@@ -67,19 +73,24 @@ class WinogradKernel:
     vectors: int
     narrow: bool
     dilated: bool = False
+    form: Form = PLAIN
+    few: int = 0
 
     @property
     def name(self) -> str:
         direction = "grad_input" if self.flipped else "forward"
-        panels = f"{self.rows}x{self.vectors}{'n' if self.narrow else ''}"
-        return f"winograd_F{self.m}_{direction}{'_dilated' if self.dilated else ''}_{self.format}_w{self.weight_format}_{self.order}_{panels}_{self.target.isa}"
+        panels = f"{self.rows}x{self.vectors}{'n' if self.narrow else ''}_{self.target.isa}"
+        kernel = "" if self.form == PLAIN else f"_{self.form.r}x{self.form.s}s{self.form.stride}" + (f"c{self.few}" if self.few else "")
+        direction += "_dilated" if self.dilated else ""
+        return f"winograd_F{self.m}{kernel}_{direction}_{self.format}_w{self.weight_format}_{self.order}_{panels}"
 
     def emit(self) -> str:
         """The module's IR text; its entry point is ``entry``."""
         module = Module()
         builder = _Builder(self, module)
         if self.order == "tiles":
-            emit_entry(module, ARGUMENTS, [("filter_tasks", builder.filter_stage), ("tasks", builder.tiles_stage)])
+            tiles_stage = builder.pieces_stage if builder.by_pieces else builder.tiles_stage
+            emit_entry(module, ARGUMENTS, [("filter_tasks", builder.filter_stage), ("tasks", tiles_stage)])
         else:
             emit_entry(module, ARGUMENTS, [("input_tasks", builder.input_stage), ("tasks", builder.filters_stage)])
         return str(module)
@@ -102,15 +113,20 @@ class _Builder(Panels):
     def __init__(self, kernel: WinogradKernel, module: Module) -> None:
         self.kernel, self.module = kernel, module
         self.numeric = Numeric("f32", kernel.target)
-        self.algorithm = F4 if kernel.m == 4 else F2
+        form, self.components = kernel.form, len(kernel.form.components)
+        self.algorithm = next(a for a in ALGORITHMS[form.taps[0]] if a.m == kernel.m)
         self.points = self.algorithm.n**2
-        self.filter = emit_filter(module, self.numeric, self.algorithm, kernel.flipped, kernel.weight_format)
-        self.input = emit_input(module, ARGUMENTS, self.numeric, self.algorithm, kernel.format, dilated=kernel.dilated)
+        self.by_pieces = self.components > 1 and not kernel.few
+        self.filter = emit_filter(module, self.numeric, self.algorithm, form, kernel.flipped, kernel.weight_format, kernel.few)
+        if kernel.few:
+            self.input = emit_few_input(module, ARGUMENTS, self.numeric, self.algorithm, form, kernel.format, kernel.few)
+        else:
+            self.input = emit_input(module, ARGUMENTS, self.numeric, self.algorithm, kernel.format, form=form, dilated=kernel.dilated)
         self.output = emit_output(module, ARGUMENTS, self.numeric, self.algorithm, kernel.format, kernel.dilated)
         self.touch = None
-        if kernel.format == "nhwc":
-            self.touch = emit_touch(module, ARGUMENTS, self.algorithm, False), emit_touch(module, ARGUMENTS, self.algorithm, True)
-        self.multiply = {v: emit_multiply(module, self.numeric, self.points, kernel.rows, v, self.touch) for v in self.widths}
+        if kernel.format == "nhwc" and not self.by_pieces:
+            self.touch = emit_touch(module, ARGUMENTS, self.algorithm, form, False), emit_touch(module, ARGUMENTS, self.algorithm, form, True)
+        self.multiply = {v: emit_multiply(module, self.numeric, self.algorithm.n, form, kernel.rows, v, self.touch) for v in self.widths}
 
     def with_panel(self, f: Function, task: Task, index: Value, reduced: Value, body: Callable[[_Panel], None]) -> None:
         """``body(panel)`` for the panel ``index``, emitted for each width; ``reduced`` channels of it are kept in U."""
@@ -142,9 +158,14 @@ class _Builder(Panels):
         pitch = f.value(panel.vectors * self.vector_bytes)
         f.call(self.output, [block, m, out, bias, scratch, first, last, panel.valid, task["m_point"], pitch])
 
-    def call_input(self, f: Function, task: Task, v: Value, scratch: Value, first: Value, last: Value) -> None:
-        block = f.to_pointer(f.load(f["context"]))
-        f.call(self.input, [block, task.operand("source"), v, scratch, first, last, task["source_channels"], task["v_point"], task["v_pitch"]])
+    def call_input(
+        self, f: Function, task: Task, v: Value, scratch: Value, first: Value, last: Value, channel: Value | None = None, count: Value | None = None
+    ) -> None:
+        """All channels, or ``count`` from ``channel`` on."""
+        block, source = f.to_pointer(f.load(f["context"])), task.operand("source")
+        if channel is not None:
+            source = source + channel * (self.numeric.compute_bytes if self.kernel.format == "nhwc" else task["source_channel"])
+        f.call(self.input, [block, source, v, scratch, first, last, task["source_channels"] if count is None else count, task["v_point"], task["v_pitch"]])
 
     def scratch(self, task: Task) -> tuple[Value, Value, Value]:
         """A thread's scratch: V or U, M, and strips."""
@@ -164,10 +185,10 @@ class _Builder(Panels):
             first, count = self.reduced(f, task, index % task["reduced_pieces"])
 
             def transform(panel: _Panel) -> None:
-                u = task.workspace + task["u_at"] + panel.u + first * (panel.vectors * self.vector_bytes)
+                u = task.workspace + task["u_at"] + panel.u + first * (self.components * panel.vectors * self.vector_bytes)
                 self.call_filter(f, task, panel, u, strip, first, count)
 
-            self.with_panel(f, task, index // task["reduced_pieces"], task["source_channels"], transform)
+            self.with_panel(f, task, index // task["reduced_pieces"], task["source_channels"] * self.components, transform)
 
         return body
 
@@ -184,18 +205,57 @@ class _Builder(Panels):
             def one(i: Value) -> None:
                 def products(panel: _Panel) -> None:
                     u = task.workspace + task["u_at"] + panel.u
-                    sizes = [last - first, task["source_channels"], f.value(1), task["chunk"], task["v_point"], task["v_pitch"]]
+                    sizes = [last - first, task["source_channels"] * self.components, f.value(1), task["chunk"], task["v_point"], task["v_pitch"]]
                     out = task.operand("out") + panel.start * task["out_channel"]
                     block = f.to_pointer(f.load(f["context"]))
                     ahead = f.minimum(first + task["block_tiles"] * task["threads"], task["tiles"] - task["block_tiles"])
-                    wide = f.select(i.equals(first_panel), task["source_channels"] * 4, f.value(0))
+                    wide = f.value(0) if self.kernel.few else f.select(i.equals(first_panel), task["source_channels"] * 4, f.value(0))
                     touch = [block, out, task.operand("source"), first, f.maximum(ahead, 0), wide]
                     f.call(self.multiply[panel.vectors], [v, u, m, task.table("zeros"), *sizes, panel.u_point, task["m_point"], *touch])
                     self.call_output(f, task, panel, m, strip, first, last)
 
-                self.with_panel(f, task, i, task["source_channels"], products)
+                self.with_panel(f, task, i, task["source_channels"] * self.components, products)
 
             f.loop(first_panel, last_panel, 1, one)
+
+        return body
+
+    def pieces_stage(self, f: Function, task: Task) -> Callable[[Value], None]:
+        v, m, strip = self.scratch(task)
+
+        def body(index: Value) -> None:
+            first = (index // task["shares"]) * task["block_tiles"]
+            last = f.minimum(first + task["block_tiles"], task["tiles"])
+            first_panel = (index % task["shares"]) * task["share_panels"]
+            last_panel = f.minimum(first_panel + task["share_panels"], task["panels"])
+            out = task.operand("out")
+
+            def piece(i: Value) -> None:
+                channel, count = self.reduced(f, task, i)
+                self.call_input(f, task, v, strip, first, last, channel, count)
+                fresh = f.cast("zext", i.equals(0), "i64")
+
+                def one(number: Value) -> None:
+                    def products(panel: _Panel) -> None:
+                        u = task.workspace + task["u_at"] + panel.u + channel * (self.components * panel.vectors * self.vector_bytes)
+                        sizes = [last - first, count * self.components, fresh, task["chunk"], task["v_point"], task["v_pitch"], panel.u_point]
+                        place = m + (number - first_panel) * task["m_panel"]
+                        touch = [out, out, out, first, first, f.value(0)]
+                        f.call(self.multiply[panel.vectors], [v, u, place, task.table("zeros"), *sizes, task["m_point"], *touch])
+
+                    self.with_panel(f, task, number, task["source_channels"] * self.components, products)
+
+                f.loop(first_panel, last_panel, 1, one)
+
+            f.loop(0, task["reduced_pieces"], 1, piece)
+
+            def result(number: Value) -> None:
+                def store(panel: _Panel) -> None:
+                    self.call_output(f, task, panel, m + (number - first_panel) * task["m_panel"], strip, first, last)
+
+                self.with_panel(f, task, number, task["source_channels"] * self.components, store)
+
+            f.loop(first_panel, last_panel, 1, result)
 
         return body
 
@@ -222,17 +282,18 @@ class _Builder(Panels):
             first = block * task["block_tiles"]
             last = f.minimum(first + task["block_tiles"], task["tiles"])
             v = task.workspace + task["v_at"] + block * task["v_block"]
-            longest = task["source_channels"] - (task["reduced_pieces"] - 1) * task["reduced_piece"]
+            longest = (task["source_channels"] - (task["reduced_pieces"] - 1) * task["reduced_piece"]) * self.components
 
             def products(panel: _Panel) -> None:
                 def piece(i: Value) -> None:
                     channel, count = self.reduced(f, task, i)
                     self.call_filter(f, task, panel, u, strip, channel, count)
                     fresh = f.cast("zext", i.equals(0), "i64")
-                    sizes = [last - first, count, fresh, task["chunk"], task["v_point"], task["v_pitch"], panel.u_point, task["m_point"]]
+                    sizes = [last - first, count * self.components, fresh, task["chunk"], task["v_point"], task["v_pitch"], panel.u_point, task["m_point"]]
                     out = task.operand("out") + panel.start * task["out_channel"]
                     touch = [f.to_pointer(f.load(f["context"])), out, out, first, first, f.value(0)]
-                    f.call(self.multiply[panel.vectors], [v + channel * self.numeric.compute_bytes, u, m, task.table("zeros"), *sizes, *touch])
+                    place = v + channel * (self.components * self.numeric.compute_bytes)
+                    f.call(self.multiply[panel.vectors], [place, u, m, task.table("zeros"), *sizes, *touch])
 
                 f.loop(0, task["reduced_pieces"], 1, piece)
                 self.call_output(f, task, panel, m, strip, first, last)

@@ -10,7 +10,7 @@ from functools import lru_cache
 from ..problem import ConvProblem
 from .target import Target
 from .tiling import split_count, step_cycles
-from .winograd_form import Roles
+from .winograd_form import Form, Roles
 from .winograd_gemm import gemm_rows
 from .winograd_transform import Algorithm, reduction_piece
 
@@ -19,6 +19,9 @@ __all__ = ["WinogradConfig", "candidates", "choose_config", "direct_cycles", "pa
 _CALL_CYCLES = 25.0  # of one call of the GEMM: arguments, start of the pipeline
 _NEAR_BYTES = 40.0  # a cycle, from the second-level cache
 _READ_BYTES = 30.0  # a cycle, streamed from the third-level cache during the products
+_PIECES = {"nhwc": 0.965, "nchw": 0.885}  # by pieces: measured over predicted, beside direct convolution's
+_SUM_BYTES = 64.0  # a cycle, of M from and to the second-level cache, beside the products
+_STREAM_BYTES = 16.0  # a cycle, of U from memory: each panel is asked for ahead
 _WRITE_BYTES = 8.0  # a cycle, to the third-level cache and back into the second
 _MEMORY_BYTES = 4.0  # a cycle, from memory, where a matrix does not fit the caches
 _WEIGHT_BYTES = 3.0  # a cycle, of direct convolution's weights: read, packed, read again
@@ -92,6 +95,13 @@ def _tile_count(roles: Roles, algorithm: Algorithm) -> int:
     return roles.problem.n * tiles_p * tiles_q
 
 
+def _density(form: Form, n: int) -> float:
+    """The part of the components that a point multiplies, on average."""
+    counts = [stop - first for row in (False, True) for column in (False, True) for first, stop in [form.active(row, column)]]
+    weights = [(n - 1) ** 2, n - 1, n - 1, 1]
+    return sum(c * w for c, w in zip(counts, weights)) / (n * n * len(form.components))
+
+
 def _even(total: int, size: int, threads: int, group: int = 1) -> int:
     """A size of blocks at most about ``size``, of whole groups, that shares ``total`` out evenly among the threads."""
     if group > 1:
@@ -111,24 +121,42 @@ def candidates(problem: ConvProblem, target: Target, threads: int, algorithm: Al
     most = 4 if target.registers > 16 else 3
     source = roles.source_channels
     group = roles.groups[1] if problem.format == "nchw" else 1  # tiles of neighbouring columns are stored together
-    chunk = reduction_piece(source)
+    components = len(roles.form.components)
+    chunk = reduction_piece(source, components)
+    virtual = roles.virtual
+    piece = 16 if components == 1 else chunk
     for largest in range(most, 1, -1):
         vectors = panel_vectors(total_vectors, largest, roles.out_channels % lanes != 0)
         if largest not in {vectors, most}:
             continue
         width = vectors * lanes
         rows = gemm_rows(target.registers, vectors)
-        sizes = {target.l2 * 3 // 5 // (points * 4 * (source + 16 + width)), target.l2 * 3 // 5 // (points * 4 * width) * 4 // 5}
+        sizes = {target.l2 * 3 // 5 // (points * 4 * (virtual + 16 + width)), target.l2 * 3 // 5 // (points * 4 * width) * 4 // 5}
         panels = -(-total_vectors // vectors)
+        if roles.by_pieces:
+            yield from _by_pieces(problem, target, threads, WinogradConfig(algorithm, "tiles", 0, rows, vectors, 1, chunk, piece, 4), tiles, panels)
+            continue
         for size in sorted({min(tiles, max(rows, s)) for s in sizes} | {min(tiles, 16)}):
             for shares in sorted({1, min(panels, threads), panels}):
-                base = WinogradConfig(algorithm, "tiles", _even(tiles, size, threads if shares == 1 else 1, group), rows, vectors, shares, chunk, 16, 4)
+                base = WinogradConfig(algorithm, "tiles", _even(tiles, size, threads if shares == 1 else 1, group), rows, vectors, shares, chunk, piece, 4)
                 yield replace(base, cycles=predict(problem, target, threads, base))
+        if roles.few:
+            continue
         fitting = max(rows, target.l2 * 3 // 5 // (points * 4 * width))
         for size in sorted({min(tiles, fitting), min(tiles, 2 * fitting)}):
             block = _even(tiles, size, 1, group)
             base = WinogradConfig(algorithm, "filters", block, rows, vectors, 1, chunk, chunk, group * max(1, min(4, block) // group))
             yield replace(base, cycles=predict(problem, target, threads, base))
+
+
+def _by_pieces(problem: ConvProblem, target: Target, threads: int, base: WinogradConfig, tiles: int, panels: int) -> Iterator[WinogradConfig]:
+    """Order ``tiles`` with pieces of the reduction outside: blocks such that one piece of V and the share's M fit the second-level cache."""
+    points, width, virtual = base.algorithm.n**2, base.vectors * target.lanes("float"), base.chunk * len(Roles(problem).form.components)
+    for shares in sorted({1, -(-panels // 4), -(-panels // 2), panels}):
+        fitting = target.l2 * 7 // 10 // (points * 4 * (virtual + 16 + width * -(-panels // shares)))
+        for size in {min(tiles, max(base.rows, fitting)), min(tiles, max(base.rows, fitting // base.rows * base.rows))}:
+            config = replace(base, tiles=_even(tiles, size, threads if shares == 1 else 1), shares=shares)
+            yield replace(config, cycles=predict(problem, target, threads, config))
 
 
 def predict(problem: ConvProblem, target: Target, threads: int, config: WinogradConfig, kept: bool = False) -> float:
@@ -138,7 +166,10 @@ def predict(problem: ConvProblem, target: Target, threads: int, config: Winograd
     """
     roles, algorithm = Roles(problem), config.algorithm
     lanes, points = target.lanes("float"), algorithm.n**2
-    source, out = -(-roles.source_channels // lanes), -(-roles.out_channels // lanes)
+    source, out = -(-roles.source_channels // lanes) * len(roles.form.components), -(-roles.out_channels // lanes)
+    if roles.few:
+        source = -(-roles.virtual // lanes)
+    depth = roles.virtual * _density(roles.form, algorithm.n)  # terms of a point, on average
     tiles = _tile_count(roles, algorithm)
     blocks = -(-tiles // config.tiles)
     panels = -(-out // config.vectors)
@@ -153,7 +184,7 @@ def predict(problem: ConvProblem, target: Target, threads: int, config: Winograd
         """One panel's products for a block of tiles."""
         steps = (groups - narrow) * step_cycles(config.rows, vectors) + narrow * step_cycles(max(1, config.rows - 1), vectors)
         calls = groups * pieces * (_CALL_CYCLES + config.rows * vectors)
-        return count * points * slow * (steps * 1.05 * roles.source_channels + calls)
+        return count * points * slow * (steps * 1.05 * depth + calls)
 
     gemm = product(config.vectors, wide_panels) + product(max(1, config.vectors - 1), panels - wide_panels)
     transpose = (algorithm.n * algorithm.m * 0.75 * _NCHW_CYCLES) if problem.format == "nchw" else 0.0
@@ -161,9 +192,9 @@ def predict(problem: ConvProblem, target: Target, threads: int, config: Winograd
     line = algorithm.m**2 * target.vector_bytes / 16.0  # pixels come from the outer caches
     load = source * (points * _TRANSFORM_CYCLES["input"] + transpose + line)
     store = out * (points * _TRANSFORM_CYCLES["output"] + unpack + line)
-    filters = roles.source_channels * out * points * _TRANSFORM_CYCLES["filter"]
-    filters += roles.source_channels * roles.out_channels * 9 * 4 / _WRITE_BYTES
-    u = points * roles.source_channels * out * target.vector_bytes
+    filters = depth * out * points * _TRANSFORM_CYCLES["filter"]
+    filters += roles.source_channels * roles.out_channels * problem.r * problem.s * 4 / _WRITE_BYTES
+    u = points * depth * out * target.vector_bytes
     v = config.tiles * points * source * target.vector_bytes
     m = config.tiles * points * config.vectors * target.vector_bytes
     gemm += panels * v / _NEAR_BYTES
@@ -171,15 +202,21 @@ def predict(problem: ConvProblem, target: Target, threads: int, config: Winograd
         share_panels = -(-panels // config.shares)
         shares = -(-panels // share_panels)
         part = share_panels / panels
-        streamed = u * part + (v * share_panels if v + m > target.l2 * 3 // 4 else 0.0)
-        read = _READ_BYTES if u < _SHARED_CACHE else _MEMORY_BYTES
+        read = _READ_BYTES if u < _SHARED_CACHE else _MEMORY_BYTES if kept or roles.by_pieces else _STREAM_BYTES
+        streamed = u * part + (v * share_panels * (1.0 if kept else read / _READ_BYTES) if v + m > target.l2 * 3 // 4 else 0.0)
         task = gemm * part + config.tiles * (load + store * part) + streamed / read + _TASK_CYCLES
+        if roles.by_pieces:
+            streamed = 3 * u * part
+            task = (gemm - panels * v / _NEAR_BYTES) * part + config.tiles * (1.25 * load + store * part) + streamed / read + _TASK_CYCLES
+            task = (task + 2 * m * share_panels * pieces / _SUM_BYTES) * _PIECES[problem.format]
+            m = 0
         if m > target.l2:
             task += 2 * m * share_panels / _READ_BYTES
         tasks = blocks * shares
         before = 0.0 if kept else filters / threads + u / (_WRITE_BYTES if u < _SHARED_CACHE else _MEMORY_BYTES) / (threads if u < target.l2 * 2 else 1)
     else:
-        task = (gemm + filters + v * panels / _READ_BYTES) / panels + config.tiles * store / panels + _TASK_CYCLES
+        read = _READ_BYTES if blocks * v < _SHARED_CACHE * 2 // 3 else _MEMORY_BYTES  # every panel reads V again
+        task = (gemm + filters + v * panels / read) / panels + config.tiles * store / panels + _TASK_CYCLES
         if m > target.l2 * 3 // 4:
             task += 2 * m * pieces / _READ_BYTES
         tasks = blocks * panels

@@ -1,15 +1,16 @@
-"""Winograd's minimal filtering F(m x m, 3 x 3): the transforms as exact matrices, their code, and the bound on their rounding error.
+"""Winograd's minimal filtering F(m x m, t x t): the transforms as exact matrices, their code, and the bound on their rounding error.
 
-The output of a 3-tap filter at ``m`` neighbours is ``A^T [(G g) * (B^T d)]`` with ``m + 2`` products, one for each interpolation point
+The output of a filter of ``t`` taps at ``m`` neighbours is ``A^T [(G g) * (B^T d)]`` with ``m + t - 1`` products, one for each interpolation point
 (Winograd, "Arithmetic Complexity of Computations", 1980; in two dimensions and over channels Lavin and Gray, "Fast Algorithms for
 Convolutional Neural Networks", 2015).  With finite points ``p_j`` and the point at infinity last:
 
 * row ``j`` of ``B^T``: coefficients of ``prod_{i != j} (x - p_i)``; the last row: of ``prod_i (x - p_i)``;
-* row ``j`` of ``G``: ``(1, p_j, p_j^2) / prod_{i != j} (p_j - p_i)``; the last row ``(0, 0, 1)``;
+* row ``j`` of ``G``: ``(1, p_j, ..., p_j^(t-1)) / prod_{i != j} (p_j - p_i)``; the last row ``(0, ..., 0, 1)``;
 * column ``j`` of ``A^T``: ``(1, p_j, ..., p_j^(m-1))``; the last column ``(0, ..., 0, 1)``.
 
-F(4x4) uses the points 0, +-3/4, +-3/2: half the error of the usual 0, +-1, +-2, since the largest entries of all three matrices are
-smaller, at the same number of operations; every coefficient of ``B^T`` and ``A^T`` is exact in float32.
+With six points F(4x4, 3x3), F(5x5, 2x2), F(3x3, 4x4) and F(2x2, 5x5) share ``B^T``.  They use the points 0, +-3/4, +-3/2: half the error of the usual
+0, +-1, +-2, since the largest entries of all three matrices are smaller, at the same number of operations; every coefficient of ``B^T`` and ``A^T`` is
+exact in float32.
 """
 
 from __future__ import annotations
@@ -20,37 +21,43 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property, lru_cache
+from typing import TypeVar
 
 from ..codegen.emit import Function, Value
 
 __all__ = [
-    "ERROR_LIMIT", "F2", "F4", "Algorithm", "Transform1d", "emit_filter_1d", "emit_input_1d", "emit_lift_1d", "emit_output_1d", "emit_reduce_1d",
+    "ALGORITHMS", "ERROR_LIMIT", "F2", "F4", "Algorithm", "Transform1d", "emit_filter_1d", "emit_input_1d", "emit_lift_1d", "emit_output_1d", "emit_reduce_1d",
     "reduction_piece", "transform_2d",
 ]  # fmt: skip
 
-Transform1d = Callable[[Function, "Algorithm", Sequence[Value], bool], list[Value]]
+T = TypeVar("T", Value, "Value | None")
+Transform1d = Callable[[Function, "Algorithm", Sequence[T], bool], list[T]]
 Matrix = tuple[tuple[Fraction, ...], ...]
 ERROR_LIMIT = 1e-5
 """The largest :meth:`Algorithm.error_bound` at which an algorithm is used."""
 _UNIT = 2.0**-24  # largest relative error of one rounding to float32
 _SAFETY = 3.0
+Components = tuple[tuple[bool, bool], ...]
+"""Parts of a filter that are summed up: whether each lacks the last row, and the last column, of its taps."""
+WHOLE: Components = ((False, False),)
 
 
 @dataclass(frozen=True)
 class Algorithm:
-    """F(m x m, 3 x 3) on the points 0, ``+-pairs`` and infinity."""
+    """F(m x m, taps x taps) on the points 0, ``+-pairs`` and infinity."""
 
     m: int
+    taps: int
     pairs: tuple[Fraction, ...]
 
     @property
     def name(self) -> str:
-        return f"F{self.m}"
+        return f"F{self.m}" if self.taps == 3 else f"F{self.m}_{self.taps}"
 
     @property
     def n(self) -> int:
         """Points of one dimension, and rows of an input tile."""
-        return self.m + 2
+        return self.m + self.taps - 1
 
     @property
     def finite(self) -> tuple[Fraction, ...]:
@@ -66,9 +73,9 @@ class Algorithm:
 
     @cached_property
     def filter_matrix(self) -> Matrix:
-        """``G``, n x 3."""
-        rows = [tuple(self.weight(p) * p**i for i in range(3)) for p in self.finite]
-        return (*rows, (Fraction(0), Fraction(0), Fraction(1)))
+        """``G``, n x taps."""
+        rows = [tuple(self.weight(p) * p**i for i in range(self.taps)) for p in self.finite]
+        return (*rows, tuple(Fraction(int(i == self.taps - 1)) for i in range(self.taps)))
 
     @cached_property
     def output_matrix(self) -> Matrix:
@@ -83,29 +90,33 @@ class Algorithm:
                 value /= point - other
         return value
 
-    def error_bound(self, channels: int) -> float:
-        """Bound on the relative L2 error of an output for operands of independent entries, reduced over ``channels``.
+    def error_bound(self, channels: int, components: Components = WHOLE) -> float:
+        """Bound on the relative L2 error of an output for operands of independent entries, reduced over ``channels`` channels in ``components``.
 
         Rounding errors are taken as independent, of variance ``u^2 / 3`` relative to what is rounded (Higham and Mary, 2019).  With
-        unit-variance operands the entry (i, j) of V has the variance ``b_i b_j`` (squared row norms of ``B^T``), that of U ``g_i g_j``.  The
-        sum over a piece of the channels errs by ``u^2/3 * sum_c c * b_i b_j g_i g_j`` (partial sums grow), that of the pieces likewise, each
-        factor by ``t u^2/3`` for about ``t`` roundings of a transform, weighed with the coefficients' magnitudes; ``A`` passes the errors on
-        with its squared column norms.  The true output has the variance ``9 channels``.  Three times the square root of the ratio is the bound.
+        unit-variance operands the entry (i, j) of V has the variance ``b_i b_j`` (squared row norms of ``B^T``), that of U ``g_i g_j``, where a component
+        that lacks the last tap has a smaller ``g``.  The sum over a piece of the terms errs by ``u^2/3 * sum_c c * b_i b_j g_i g_j`` (partial sums grow),
+        that of the pieces likewise, each factor by ``t u^2/3`` for about ``t`` roundings of a transform, weighed with the coefficients' magnitudes; ``A``
+        passes the errors on with its squared column norms.  The true output has the variance of the number of terms.  Three times the square root of the
+        ratio is the bound.
         """
         squares, spread = _row_norms(self.input_matrix)
-        filters = [float(sum(x * x for x in row)) for row in self.filter_matrix]
+        filters = [[float(sum(x * x for x in row[: self.taps - short])) for row in self.filter_matrix] for short in (0, 1)]
         columns = [float(sum(row[j] ** 2 for row in self.output_matrix)) / self.m for j in range(self.n)]
-        piece = reduction_piece(channels)
+        piece = reduction_piece(channels, len(components))
         pieces = -(-channels // piece)
-        total = 0.0
-        for i in range(self.n):
-            for j in range(self.n):
-                signal = squares[i] * squares[j] * filters[i] * filters[j] * columns[i] * columns[j]
-                accumulate = channels * (piece + 1) / 2 + piece * pieces * (pieces + 1) / 2
-                transforms = channels * (4 + spread[i] + spread[j])
-                output = channels * 2 * math.log2(2 * self.n)
-                total += signal * (accumulate + transforms + output)
-        return _SAFETY * _UNIT / math.sqrt(3) * math.sqrt(total / (9 * channels))
+        channels, piece = channels * len(components), piece * len(components)
+        total = terms = 0.0
+        for short in components:
+            terms += (self.taps - short[0]) * (self.taps - short[1]) / len(components)
+            for i in range(self.n):
+                for j in range(self.n):
+                    signal = squares[i] * squares[j] * filters[short[0]][i] * filters[short[1]][j] * columns[i] * columns[j] / len(components)
+                    accumulate = channels * (piece + 1) / 2 + piece * pieces * (pieces + 1) / 2
+                    transforms = channels * (4 + spread[i] + spread[j])
+                    output = channels * 2 * math.log2(2 * self.n)
+                    total += signal * (accumulate + transforms + output)
+        return _SAFETY * _UNIT / math.sqrt(3) * math.sqrt(total / (terms * channels))
 
     def weight_error_bound(self, parts: int, pieces: int, tiles: int) -> float:
         """The same for the weight's gradient, summed over ``parts`` of ``pieces`` of ``tiles`` tiles each.
@@ -131,8 +142,11 @@ class Algorithm:
         return one * one / 9, 2 * one * weighed / 9
 
 
-F4 = Algorithm(4, (Fraction(3, 4), Fraction(3, 2)))
-F2 = Algorithm(2, (Fraction(1),))
+_SIX, _FOUR = (Fraction(3, 4), Fraction(3, 2)), (Fraction(1),)
+F4 = Algorithm(4, 3, _SIX)
+F2 = Algorithm(2, 3, _FOUR)
+ALGORITHMS = {2: (Algorithm(5, 2, _SIX), Algorithm(3, 2, _FOUR)), 3: (F4, F2), 4: (Algorithm(3, 4, _SIX),), 5: (Algorithm(2, 5, _SIX),)}
+"""Algorithms by their taps, the one with more points first."""
 
 
 def _row_norms(matrix: Matrix) -> tuple[list[float], list[float]]:
@@ -141,10 +155,11 @@ def _row_norms(matrix: Matrix) -> tuple[list[float], list[float]]:
     return squares, [float(sum(abs(x) for x in row) ** 2) / s for row, s in zip(matrix, squares)]
 
 
-def reduction_piece(channels: int) -> int:
-    """Channels that are summed before the sum is added to the total (the last piece takes the rest): about 64, so a panel stays in the
-    first-level cache.  It depends on nothing else, since it decides the bits."""
-    return channels // max(1, (channels + 32) // 64)
+def reduction_piece(channels: int, components: int = 1) -> int:
+    """Channels that are summed, in all their components, before the sum is added to the total (the last piece takes the rest): about 64 terms, so a
+    panel stays in the first-level cache.  Several components' pieces hold at least 16 channels, a vector.  It depends on nothing else, since it decides the
+    bits."""
+    return channels // max(1, (channels + 32) // 64 if components == 1 else channels * components // 64)
 
 
 def _product(roots: Sequence[Fraction]) -> list[Fraction]:
@@ -204,19 +219,26 @@ def emit_input_1d(f: Function, algorithm: Algorithm, d: Sequence[Value], fused: 
     return result
 
 
-def emit_filter_1d(f: Function, algorithm: Algorithm, g: Sequence[Value], fused: bool) -> list[Value]:
-    """``G g``: 9 operations for F4."""
-    type_ = g[0].type
+def emit_filter_1d(f: Function, algorithm: Algorithm, g: Sequence[Value | None], fused: bool) -> list[Value | None]:
+    """``G g``: 9 operations for F4.  None stands for a tap, or a result, that is zero; the first tap never is, unless all are."""
+    if g[0] is None:
+        return [None] * algorithm.n
 
     def scaled(value: Value, factor: Fraction) -> Value:
-        return value if factor == 1 else f.fmul(value, _constant(f, factor, type_))
+        return value if factor == 1 else f.fmul(value, _constant(f, factor, value.type))
 
-    result = [scaled(g[0], algorithm.weight(Fraction(0)))]
+    def half(p: Fraction, first: int) -> Value | None:
+        terms = [(p ** (i - first), tap) for i in range(first, algorithm.taps, 2) if (tap := g[i]) is not None]
+        return _horner(f, terms[::-1], fused) if terms else None
+
+    result: list[Value | None] = [scaled(g[0], algorithm.weight(Fraction(0)))]
     for p in algorithm.pairs:
         weight = algorithm.weight(p)
-        even = scaled(_horner(f, [(p * p, g[2]), (Fraction(1), g[0])], fused), weight)
-        result += _scaled_pair(f, even, g[1], weight * p, fused)
-    return [*result, g[2]]
+        even, odd = half(p, 0), half(p, 1)
+        assert even is not None
+        even = scaled(even, weight)
+        result += (even, even) if odd is None else _scaled_pair(f, even, odd, weight * p, fused)
+    return [*result, g[-1]]
 
 
 def emit_output_1d(f: Function, algorithm: Algorithm, m: Sequence[Value], fused: bool) -> list[Value]:
@@ -267,7 +289,7 @@ def emit_reduce_1d(f: Function, algorithm: Algorithm, s: Sequence[Value], fused:
             weighted(s[-1], [(weight * p * p, total) for p, weight, total in sums])]  # fmt: skip
 
 
-def transform_2d(f: Function, emit_1d: Transform1d, algorithm: Algorithm, columns: Sequence[Sequence[Value]], fused: bool) -> list[list[Value]]:
+def transform_2d(f: Function, emit_1d: Transform1d[T], algorithm: Algorithm, columns: Sequence[Sequence[T]], fused: bool) -> list[list[T]]:
     """``T d T^T`` where ``columns[j][i]`` is ``d[i][j]``; the result is ``[row][column]``."""
     first = [emit_1d(f, algorithm, column, fused) for column in columns]
     return [emit_1d(f, algorithm, [column[i] for column in first], fused) for i in range(len(first[0]))]

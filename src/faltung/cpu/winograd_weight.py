@@ -15,7 +15,7 @@ from .plan import CpuPlan
 from .target import Target
 from .tile import PAGE, align, odd_lines
 from .winograd import refusal
-from .winograd_form import source_tables, tile_starts
+from .winograd_form import Reads, tile_starts
 from .winograd_input import strip_bytes
 from .winograd_kernel import LINE
 from .winograd_transform import ERROR_LIMIT
@@ -71,8 +71,8 @@ def build_plan(problem: ConvProblem, target: Target, threads: int, config: Winog
     m = config.algorithm.m
     nhwc = problem.format == "nhwc"
     starts = tile_starts(layout.tiles_p, m, 1, 1), tile_starts(layout.tiles_q, m, 1, 1)
-    image = source_tables((problem.h, problem.w), problem.c, starts, config.algorithm.n, (1, 1), (top, left), problem.padding_mode, nhwc)
-    gradient = source_tables((problem.p, problem.q), problem.k, starts, m, (1, 1), (0, 0), "zeros", nhwc)
+    image = Reads((problem.h, problem.w), problem.c, config.algorithm.n, (top, left), problem.padding_mode).tables(starts, nhwc)
+    gradient = Reads((problem.p, problem.q), problem.k, m, (0, 0)).tables(starts, nhwc)
     values = _values(problem, numeric, config, layout, kernel)
     values |= _source("", problem.c, problem.h, problem.w, left, nhwc, image) | _source("gradient_", problem.k, problem.p, problem.q, 0, nhwc, gradient)
     values |= {"zeros": zeros.ctypes.data}
