@@ -232,8 +232,18 @@ class _Search:
         each = per_step * mean * self.phases + store + self.reread
         if tasks < 2 * self.threads:
             k_blocks = max(k_blocks, min(panels, -(-2 * self.threads // tasks)))
+            k_blocks = _even_blocks(tasks, panels, k_blocks, self.threads)
         cycles = math.ceil(tasks * k_blocks / self.threads) * self.threads * (pack + each / k_blocks + 300.0)
         return DirectConfig(self.orientation, self.layout, (rows.tile, columns.tile), block, self.chunk, k_blocks, cycles)
+
+
+def _even_blocks(tasks: int, panels: int, blocks: int, threads: int) -> int:
+    """The least number of blocks from ``blocks`` on that gives each thread as many tasks, or ``blocks``: 6 panels make 2, 3 or 6 blocks, never 4."""
+    for wanted in range(blocks, panels + 1):
+        found = -(-panels // -(-panels // wanted))
+        if found >= blocks and tasks * found % threads == 0:
+            return found
+    return blocks
 
 
 def _chunk(longest: int, out_vectors: int, vector_bytes: int) -> int:
@@ -310,7 +320,7 @@ def _kernel(problem: ConvProblem, roles: Roles, numeric: Numeric, config: Direct
     return DirectKernel(
         numeric.target, problem.dtype, problem.format, config.orientation, config.layout, min(columns.step, 3), block.rows, block.vectors,
         narrow_rows, narrow_vectors, partial and in_place, in_place, 1 if channels else max(1, len(columns.phases)), config.packed,
-        _spread(problem, roles, numeric, config),
+        _spread(problem, roles, numeric, config), _apart(problem, roles, numeric, channels),
     )  # fmt: skip
 
 
@@ -318,6 +328,14 @@ def _spread(problem: ConvProblem, roles: Roles, numeric: Numeric, config: Direct
     """A few channels, odd in number, that packing spreads to whole pairs."""
     channels = roles.source_channels
     return channels if numeric.pairs and config.layout == "inner" and problem.g == 1 and channels in (1, 3, 5, 7) else 0
+
+
+def _apart(problem: ConvProblem, roles: Roles, numeric: Numeric, channels: bool) -> int:
+    """How many elements apart neighbouring output channels' weights are, where packing them one by one takes longer than picking vectors out of vectors
+    (512x512x3x3: 1.0 ms one by one)."""
+    taps = problem.r * problem.s
+    picks = channels and not roles.forward and problem.weight_format == "nchw" and not numeric.converts and numeric.target.masks
+    return taps if picks and 1 < taps <= 9 else 0
 
 
 class _Layout:

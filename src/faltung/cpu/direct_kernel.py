@@ -56,7 +56,7 @@ class DirectKernel:
     piece of the reduction is added there, the others in scratch.
     ``phases``: column phases that the store interleaves (1, 2, or more).  ``packed``: the tile is copied to scratch; where it is not, the
     micro-kernels read the source itself (1x1 kernels over pixels in a row, whose channels are neighbours in memory).  ``spread``: see
-    :func:`faltung.cpu.pack.emit_pack_tile`.
+    :func:`faltung.cpu.pack.emit_pack_tile`; ``apart``: :func:`faltung.cpu.pack.emit_pack_panel`.
     """
 
     target: Target
@@ -74,11 +74,12 @@ class DirectKernel:
     phases: int
     packed: bool = True
     spread: int = 0
+    apart: int = 0
 
     @property
     def name(self) -> str:
         flags = "".join(letter for letter, set_ in zip("rvmiu", (self.narrow_rows, self.narrow_vectors, self.masked, self.in_place, not self.packed)) if set_)
-        tail = (f"_{flags}" if flags else "") + (f"_c{self.spread}" if self.spread else "")
+        tail = (f"_{flags}" if flags else "") + (f"_c{self.spread}" if self.spread else "") + (f"_a{self.apart}" if self.apart else "")
         block = f"{self.rows}x{self.vectors}_st{self.step}_ph{self.phases}"
         return f"direct_{self.dtype}_{self.format}_{self.orientation}_{self.layout}_{block}{tail}_{self.target.isa}"
 
@@ -100,7 +101,7 @@ class _Builder:
 
     def __init__(self, kernel: DirectKernel, module: Module, numeric: Numeric) -> None:
         self.kernel, self.module, self.numeric = kernel, module, numeric
-        self.pack_panel = (emit_pack_pairs if numeric.pairs else emit_pack_panel)(module, numeric)
+        self.pack_panel = emit_pack_pairs(module, numeric) if numeric.pairs else emit_pack_panel(module, numeric, apart=kernel.apart)
         self.stored = Rounded(numeric.dtype, numeric.target) if numeric.pairs else numeric
         self.pack_tile = emit_pack_tile(module, ARGUMENTS, numeric, kernel.format, kernel.layout, kernel.step, spread=kernel.spread) if kernel.packed else None
 

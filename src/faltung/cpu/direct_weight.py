@@ -17,20 +17,24 @@ from .direct_weight_kernel import ARGUMENTS, DirectWeightKernel
 from .geometry import Axis, axes
 from .plan import CpuPlan
 from .target import Target
-from .tile import Tile, align, pitches
+from .tile import Tile, align, meets_itself, pitches
 from .tiling import Block, choose_block, split_count, tile_candidates, useful_threads
 
 __all__ = ["DIRECT_WEIGHT", "DirectWeight", "WeightConfig", "choose_config"]
 
 _SLACK = 4096
-_CHUNK_PIXELS = 192
-# Enough tasks to share out evenly, whatever the number of threads: the parts must not depend on it.  Where blocks of weights alone are nearly as
-# many, the pixels are one part, and the sums never leave the second-level cache (512x7x7 to 2048: 3.9 ms with two parts, 2.5 without).
+_CHUNK_PIXELS = 196  # 14x14, 4 images of 7x7, 7 rows of 28
+# Enough tasks to share out, whatever the number of threads: the parts must not depend on it.  Where there are blocks of weights enough, the pixels are
+# one part, and the sums never leave the second-level cache (512x7x7 to 2048: 3.9 ms with two parts, 2.5 without).
 _TASKS = 24
-_ENOUGH_BLOCKS = 12
+_ENOUGH_BLOCKS = 8
 _PARTIAL_BYTES = 16 << 20
+_PART_PIXELS = {"nchw": 1024, "nhwc": 96}  # at least: a part's sums go through memory; but in nhwc packing twice costs as much
+_LEAST_SIDE = 128  # channels of a block that is not halved
+_ROW_CYCLES = 1 / 8  # blocks of 6x4 beat 14x2 by up to 6 %, and are never slower
 _BLOCK_BYTES = 320 << 10  # of partial sums that a task works on: they stay in the second-level cache
 _PANEL_BYTES = 192 << 10
+_IN_PLACE_BYTES = 512  # of a pixel: the pieces of wider ones that a block reads are too far apart to be foreseen
 
 
 @dataclass(frozen=True)
@@ -46,34 +50,52 @@ class WeightConfig:
     columns: int = 1
 
 
+def _block_sides(problem: ConvProblem, lanes: int, size: int, most_parts: int) -> tuple[int, int]:
+    """Input channels and vectors of output channels of a block."""
+    vectors, taps = -(-problem.kg // lanes), problem.r * problem.s
+    # Each block of output channels packs x anew, which takes long where columns are picked out of rows: there blocks are twice as wide.
+    picked = problem.format == "nchw" and problem.stride[1] > 1 and taps <= 4
+    width = max(1, min(vectors, (512 if picked else 256) // lanes))
+    channels = max(1, min(problem.cg, _BLOCK_BYTES // (taps * width * lanes * size)))
+    # Where the pixels are too few to share out, blocks are halved: what is packed twice costs less than partial sums in memory.
+    while problem.g * -(-problem.cg // channels) * -(-vectors // width) * most_parts < _ENOUGH_BLOCKS:
+        if max(channels, 0 if picked else width * lanes) <= _LEAST_SIDE:
+            break
+        if width * lanes > channels and not picked:
+            width = -(-width // 2)
+        else:
+            channels = -(-channels // 2)
+    return channels, width
+
+
 def choose_config(problem: ConvProblem, target: Target) -> WeightConfig:
     """Blocks from sizes and caches alone (not from the number of threads)."""
     numeric = Numeric(problem.dtype, target)
     lanes, size = numeric.lanes, numeric.compute_bytes
-    vectors, taps = -(-problem.kg // lanes), problem.r * problem.s
-    vectors_per_block = max(1, min(vectors, 128 // lanes * 2))
-    channels = max(1, min(problem.cg, _BLOCK_BYTES // (taps * vectors_per_block * lanes * size)))
+    vectors, pixels = -(-problem.kg // lanes), problem.n * problem.p * problem.q
+    part_bytes = problem.g * problem.r * problem.s * problem.cg * vectors * lanes * size
+    most_parts = max(1, min(pixels // _PART_PIXELS[problem.format], _PARTIAL_BYTES // part_bytes))
+    channels, width = _block_sides(problem, lanes, size, most_parts)
     c_blocks = -(-problem.cg // channels)
     channels = -(-problem.cg // c_blocks)
     last = problem.cg - (c_blocks - 1) * channels
     while last <= 0:
         c_blocks -= 1
         last = problem.cg - (c_blocks - 1) * channels
-    block = choose_block(target, tuple(sorted({channels, last})), vectors, _CHUNK_PIXELS, round_vectors=False)
+    block = choose_block(target, tuple(sorted({channels, last})), vectors, _CHUNK_PIXELS, round_vectors=False, row_cycles=_ROW_CYCLES)
     columns = 1
     if c_blocks == 1 and _joins(problem, numeric):
         # A pass over all column taps at once; with few input channels it has more accumulators, whose additions do not wait for each other.
-        joined = choose_block(target, (problem.s * channels,), vectors, _CHUNK_PIXELS, round_vectors=False)
+        joined = choose_block(target, (problem.s * channels,), vectors, _CHUNK_PIXELS, round_vectors=False, row_cycles=_ROW_CYCLES)
         whole = problem.format == "nhwc" or joined.rows == problem.s * channels
         if whole and joined.cycles < 0.9 * problem.s * block.cycles:
             block, columns = joined, problem.s
     panels = -(-vectors // block.vectors)
-    block_panels = max(1, min(panels, vectors_per_block // block.vectors))
+    block_panels = min(panels, -(-width // block.vectors))
     tile = _choose_tile(problem, target, channels, block_panels * block.vectors * lanes, size)
     tiles = _tile_count(problem, numeric, tile)
     blocks = problem.g * c_blocks * -(-panels // block_panels)
-    part_bytes = problem.g * taps * problem.cg * vectors * lanes * size
-    parts = 1 if blocks >= _ENOUGH_BLOCKS else max(1, min(tiles, -(-_TASKS // blocks), _PARTIAL_BYTES // max(1, part_bytes)))
+    parts = 1 if blocks >= _ENOUGH_BLOCKS else max(1, min(tiles, -(-_TASKS // blocks), most_parts))
     part_tiles = -(-tiles // parts)
     return WeightConfig(tile, block, channels, block_panels, -(-tiles // part_tiles), part_tiles, columns)
 
@@ -87,6 +109,13 @@ def _tile_count(problem: ConvProblem, numeric: Numeric, tile: tuple[int, int, in
     if numeric.pairs:
         return len(pair_tiles(problem, tile, 0, (0, 0)))
     return -(-problem.n // tile[0]) * -(-problem.p // tile[1]) * -(-problem.q // tile[2])
+
+
+def _even_tiles(tiles: int) -> int:
+    """About as many tiles, that are shared out evenly: 17 tasks for two threads take as long as 18."""
+    if tiles < _TASKS:
+        return tiles + tiles % 2 if tiles > 2 else tiles
+    return round(tiles / _TASKS) * _TASKS if tiles % _TASKS <= tiles // 10 else -(-tiles // _TASKS) * _TASKS
 
 
 def _choose_tile(problem: ConvProblem, target: Target, channels: int, width: int, size: int) -> tuple[int, int, int]:
@@ -106,6 +135,8 @@ def _choose_tile(problem: ConvProblem, target: Target, channels: int, width: int
         return max(value for efficiency, value in found if efficiency >= 0.95 * most)
 
     columns = next((q for q in tile_candidates(problem.q) if q <= max(pixels, 1) and fits(1, q)), 1)
+    if problem.n * problem.p == 1 and not pairs:
+        columns = -(-problem.q // _even_tiles(-(-problem.q // columns)))
     # Some tiles are wanted even from one image, so that there are parts to share out, but none of less than a chunk.
     fewest = max(1, min(problem.p, -(-8 // max(1, problem.n)), problem.p * problem.q // _CHUNK_PIXELS))
     high = [p for p in tile_candidates(problem.p) if p * columns <= pixels and fits(p, columns) and -(-problem.p // p) >= fewest] or [1]
@@ -165,16 +196,18 @@ def build_plan(problem: ConvProblem, target: Target, threads: int, config: Weigh
     c_blocks = -(-problem.cg // config.block_channels)
     last = problem.cg - (c_blocks - 1) * config.block_channels
     vectors = -(-problem.kg // lanes)
+    x_in_place = _in_place(problem, numeric)
+    gy_in_place = x_in_place and problem.k == vectors * lanes == config.block.vectors * lanes
     kernel = DirectWeightKernel(
         target, problem.dtype, problem.format, min(columns.step, 3), config.block.rows, config.block.vectors,
         any(split_count(c * config.columns, config.block.rows)[1] for c in (config.block_channels, last)), bool(split_count(vectors, config.block.vectors)[1]),
-        config.parts == 1, config.columns, problem.cg if config.columns > 1 and problem.format == "nchw" else 0,
+        config.parts == 1, x_in_place, gy_in_place, config.columns, problem.cg if config.columns > 1 and problem.format == "nchw" else 0,
     )  # fmt: skip
-    tile = Tile(rows, columns, kernel.layout, config.block_channels, size, pitches(problem, True))
+    tile = Tile(rows, columns, kernel.layout, problem.c if x_in_place else config.block_channels, size, pitches(problem, True), not x_in_place)
     image_bytes = align(tile.bytes + 64)
     values, tables = _values(problem, config, numeric, tile, rows, columns, image_bytes)
-    panels_at = align(config.tile[0] * image_bytes + _SLACK)
-    panel_bytes = values["panel_pixels"] * config.block_panels * config.block.vectors * lanes * size
+    panels_at = 0 if x_in_place else align(config.tile[0] * image_bytes + _SLACK)
+    panel_bytes = 0 if gy_in_place else values["panel_pixels"] * config.block_panels * config.block.vectors * lanes * size
     sums_at = align(panels_at + panel_bytes + _SLACK)
     sums = values["partial_block"] if kernel.single else 0
     values |= {"panels_at": panels_at, "sums_at": sums_at, "scratch_size": align(sums_at + sums + _SLACK) + 64 * 9}
@@ -185,6 +218,15 @@ def build_plan(problem: ConvProblem, target: Target, threads: int, config: Weigh
     workspace_bytes = values["scratch_at"] + threads * values["scratch_size"]
     block = ARGUMENTS.pack(threads, values)
     return CpuPlan(problem, name, load(kernel.name, target, kernel.emit), block, tables, workspace_bytes, facts)
+
+
+def _in_place(problem: ConvProblem, numeric: Numeric) -> bool:
+    """Whether x is read where it lies: a row of pixels in nhwc, of few channels (16 to 16 at 112x112 takes 0.27 ms with copies of both operands)."""
+    if problem.format != "nhwc" or numeric.converts or (problem.n, problem.h, problem.g) != (1, 1, 1):
+        return False
+    row = (problem.r, problem.s, problem.stride, problem.padding) == (1, 1, (1, 1), (0, 0, 0, 0))
+    pitch = problem.c * numeric.memory_bytes
+    return row and pitch <= _IN_PLACE_BYTES and not meets_itself(pitch)
 
 
 def _values(

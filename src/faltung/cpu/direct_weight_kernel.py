@@ -53,7 +53,8 @@ the pairs of tiles (:data:`faltung.cpu.bfloat.TILE_FIELDS`)."""
 @dataclass(frozen=True)
 class DirectWeightKernel:
     """What a grad_weight kernel is made for: ``rows`` x ``vectors`` accumulators, with pieces one smaller where ``narrow_*`` say so;
-    ``single``: the pixels are one part.  ``columns``: column taps that are rows of a block together, with the input channels inside (one piece
+    ``single``: the pixels are one part.  ``x_in_place``, ``gy_in_place``: pixels in one row of nhwc are read where they lie, not packed; of the gradient
+    of y where a panel is all of its channels.  ``columns``: column taps that are rows of a block together, with the input channels inside (one piece
     of all of them, but for nhwc, where all are neighbours in memory).  ``across``: the input channels, where those are rows at a pitch."""
 
     target: Target
@@ -65,12 +66,15 @@ class DirectWeightKernel:
     narrow_rows: bool
     narrow_vectors: bool
     single: bool
+    x_in_place: bool = False
+    gy_in_place: bool = False
     columns: int = 1
     across: int = 0
 
     @property
     def name(self) -> str:
-        flags = "".join(letter for letter, set_ in zip("rv1", (self.narrow_rows, self.narrow_vectors, self.single)) if set_)
+        chosen = (self.narrow_rows, self.narrow_vectors, self.single, self.x_in_place, self.gy_in_place)
+        flags = "".join(letter for letter, set_ in zip("rv1xy", chosen) if set_)
         flags = (f"_c{self.columns}x{self.across}" if self.columns > 1 else "") + (f"_{flags}" if flags else "")
         return f"direct_weight_{self.dtype}_{self.format}_{self.rows}x{self.vectors}_st{self.step}{flags}_{self.target.isa}"
 
@@ -156,12 +160,18 @@ class _Builder:
             source, tile = x + i * task["x_image"], t["tile"] + i * task["image_bytes"]
             f.call(self.pack_tile, [block, source, tile, p0, q0 * task["column_advance"], t["channels"], *second])
 
-        f.loop(0, images, 1, pack_image)
+        if self.kernel.x_in_place:
+            t["tile"] = x + q0 * task["source_column"]
+        else:
+            f.loop(0, images, 1, pack_image)
         offset = p0 * task["gy_row"] + q0 * task["gy_column"] + t["group"] * task["out_channels"] * task["gy_channel"]
         gy = task.operand("other") + image0 * task["gy_image"] + offset
         image_pixels = rows * columns
         pixels = images * image_pixels
-        self.panels(f, task, t, lambda panel, vectors: self.pack_gradient(f, task, t, panel, vectors, gy, place))
+        if self.kernel.gy_in_place:
+            t["panels"] = gy
+        else:
+            self.panels(f, task, t, lambda panel, vectors: self.pack_gradient(f, task, t, panel, vectors, gy, place))
         table = f.to_pointer(f.select(columns.equals(task["tile_q"]), task["pixel_offsets"], task["last_pixel_offsets"]))
         self.panels(f, task, t, lambda panel, vectors: self.panel(f, task, t, panel, vectors, table, pixels, first))
 

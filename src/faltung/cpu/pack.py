@@ -20,6 +20,7 @@ from .bfloat import Halves, Joined
 __all__ = ["COLUMN_FIELDS", "TILE_ARGUMENTS", "Arguments", "copy_run", "emit_pack_panel", "emit_pack_tile", "zero_run"]
 
 _BYTES_AHEAD = 128  # weights are transposed in pieces of a cache line at distances of kilobytes, too short for the processor to foresee the next
+_TERMS_AHEAD = 4
 
 TILE_ARGUMENTS = (
     "source_channel", "source_column", "source_step", "rows", "row_positions", "row_table", "slabs", "slab_table", "column_table",
@@ -324,12 +325,13 @@ def _pack_transposed(f: Function, a: Arguments, numeric: Numeric) -> None:
     f.loop(0, a["rows"], 1, row)
 
 
-def emit_pack_panel(module: Module, numeric: Numeric, second: bool = False) -> Function:
+def emit_pack_panel(module: Module, numeric: Numeric, second: bool = False, apart: int = 0) -> Function:
     """``pack_panel(weight, panel, offsets, count, limit, width, pitch, contiguous)``: panel ``[t][width]`` of the weight.
 
     Entry ``(t, j)`` is at ``weight + offsets[t] + j * pitch`` (bytes), zero for ``j >= limit``.  ``contiguous``: entries of neighbouring ``t``
     are neighbours in memory; then blocks are transposed in registers, which reads every cache line once.  ``second``: entries are pairs, given by two
-    more parameters: ``distance`` of a pair's halves, and ``second_row``, negative where the second halves are zeros.
+    more parameters: ``distance`` of a pair's halves, and ``second_row``, negative where the second halves are zeros.  ``apart``: entries of one ``t`` are
+    known to be this many elements apart, and vectors of them are picked out of that many vectors.
     """
     parameters = [("ptr", "weight"), ("ptr", "panel"), ("ptr", "offsets"), ("i64", "count"), ("i64", "limit"), ("i64", "width"), ("i64", "pitch")]
     f = module.function("pack_panel", [*parameters, ("i64", "contiguous"), *([("i64", "distance"), ("i64", "second_row")] if second else [])])
@@ -344,28 +346,15 @@ def emit_pack_panel(module: Module, numeric: Numeric, second: bool = False) -> F
     def place(t: Value, j: Value) -> Value:
         return f["panel"] + (t * f["width"] + j) * size
 
-    def strided(source: Value, target: Value) -> None:
-        pitch = f["pitch"]
-        whole = f.integer("and", limit, -4)
-
-        def four(j: Value, pointer: Value) -> list[Value]:
-            for u in range(4):
-                f.store(numeric.load(f, pointer, 1), target + j * size + u * size)
-                pointer = pointer + pitch
-            return [pointer]
-
-        (rest,) = f.loop(0, whole, 4, four, [source])
-
-        def one(j: Value, pointer: Value) -> list[Value]:
-            f.store(numeric.load(f, pointer, 1), target + j * size)
-            return [pointer + pitch]
-
-        f.loop(whole, limit, 1, one, [rest])
-
     def by_rows() -> None:
         def line(t: Value) -> None:
             source, target = f["weight"] + f.load_index(f["offsets"], t), place(t, f.value(0))
-            f.branch(f["pitch"].equals(memory), lambda: _copy_exact(f, numeric, source, target, limit), lambda: strided(source, target))
+            ahead = f["weight"] + f.load_index(f["offsets"], f.minimum(t + _TERMS_AHEAD, f["count"] - 1))
+            f.branch(
+                f["pitch"].equals(memory),
+                lambda: _copy_exact(f, numeric, source, target, limit),
+                lambda: _copy_apart(f, numeric, source, target, limit, ahead, apart),
+            )
             f.loop(limit, f["width"], 1, lambda j: f.store(f.zero(numeric.compute), target + j * size))
 
         f.loop(0, f["count"], 1, line)
@@ -398,6 +387,51 @@ def emit_pack_panel(module: Module, numeric: Numeric, second: bool = False) -> F
     f.branch(f["contiguous"] > 0, transposed, by_rows)
     f.ret()
     return f
+
+
+def _copy_apart(f: Function, numeric: Numeric, source: Value, target: Value, count: Value, ahead: Value, apart: int) -> None:
+    """``count`` elements at a pitch, ``f["pitch"]`` bytes, which is ``apart`` elements where that is known; what is at ``ahead`` is to be copied soon."""
+    size, memory, lanes, pitch = numeric.compute_bytes, numeric.memory_bytes, numeric.lanes, f["pitch"]
+    picked = f.integer("and", count, -lanes) if apart else f.value(0)
+
+    def pick(j: Value) -> None:
+        for line in range(0, lanes * apart * memory, 64):
+            f.prefetch(ahead + j * (apart * memory) + line)
+        f.store(_pick(f, numeric, source + j * (apart * memory), apart), target + j * size)
+
+    if apart:
+        f.loop(0, picked, lanes, pick)
+    whole = f.integer("and", count, -4)
+
+    def four(j: Value, pointer: Value) -> list[Value]:
+        for u in range(4):
+            f.store(numeric.load(f, pointer, 1), target + j * size + u * size)
+            pointer = pointer + pitch
+        return [pointer]
+
+    def one(j: Value, pointer: Value) -> list[Value]:
+        f.store(numeric.load(f, pointer, 1), target + j * size)
+        return [pointer + pitch]
+
+    (rest,) = f.loop(picked, whole, 4, four, [source + picked * pitch])
+    f.loop(whole, count, 1, one, [rest])
+
+
+def _pick(f: Function, numeric: Numeric, source: Value, apart: int) -> Value:
+    """The elements at ``source`` and at multiples of ``apart`` elements behind it, one vector of them; nothing behind the last is read."""
+    lanes, memory = numeric.lanes, numeric.memory_bytes
+    last = apart * (lanes - 1)
+    result: Value | None = None
+    for v in range(last // lanes + 1):
+        mask = f.lane_mask(last + 1 - v * lanes, lanes) if last < (v + 1) * lanes - 1 else None
+        loaded = numeric.load(f, source + v * lanes * memory, lanes, mask)
+        here = [i * apart - v * lanes for i in range(lanes)]
+        if result is None:
+            result = f.shuffle(loaded, None, [min(place, lanes - 1) for place in here])
+        else:
+            result = f.shuffle(result, loaded, [lanes + place if 0 <= place < lanes else i for i, place in enumerate(here)])
+    assert result is not None
+    return result
 
 
 def _copy_exact(f: Function, numeric: Numeric, source: Value, target: Value, count: Value) -> None:
