@@ -230,7 +230,17 @@ def _image(f: Function, task: Task, spec: Spec, load_planes: Function, flush: Fu
     out, source = scratch + task["out_row_at"], task.operand("source") + image * task["source_image"]
     f.call(load_planes, [source, scratch, task["source_pixels"], lane0, task["lanes_total"], task["multiplier"], task["source_channel"]])
     place = _Place(scratch, scratch, out, zero, zero, vector, f.value(1), zero)
-    f.loop(0, task["row_count"], 1, lambda i: _row(f, task, spec, place, i, None, taps))
+    # What this thread most likely transposes next: neighbours in memory that it reads in an order no hardware foresees.
+    after = f.minimum(index + task["threads"], task["tiles"] - 1)
+    ahead = task.operand("source") + after // task["vectors_total"] * task["source_image"]
+    ahead = ahead + (after % task["vectors_total"] * spec.lanes.numeric.lanes) // task["multiplier"] * task["source_channel"]
+    share = (task["source_channel"] * spec.lanes.numeric.lanes) // task["row_count"]
+
+    def row(i: Value) -> None:
+        f.loop(i * share, (i + 1) * share, 64, lambda at: f.prefetch(ahead + at, 2))
+        _row(f, task, spec, place, i, None, taps)
+
+    f.loop(0, task["row_count"], 1, row)
     to = task.operand("out") + image * task["out_image"]
     f.call(flush, [out, to, task["out_pixels"], lane0, task["lanes_total"], task["plane_bytes"]])
 
