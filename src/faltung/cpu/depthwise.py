@@ -228,6 +228,8 @@ def _image(f: Function, task: Task, spec: Spec, load_planes: Function, flush: Fu
     lane0, zero = vector * spec.lanes.numeric.lanes, f.value(0)
     scratch = task.workspace + task["scratch_at"] + task.thread * task["scratch_bytes"]
     out, source = scratch + task["out_row_at"], task.operand("source") + image * task["source_image"]
+    to = task.operand("out") + image * task["out_image"]
+    f.loop(0, task["plane_bytes"] * spec.lanes.numeric.lanes, 64, lambda at: f.prefetch(to + lane0 * task["plane_bytes"] + at, 2))
     f.call(load_planes, [source, scratch, task["source_pixels"], lane0, task["lanes_total"], task["multiplier"], task["source_channel"]])
     place = _Place(scratch, scratch, out, zero, zero, vector, f.value(1), zero)
     # What this thread most likely transposes next: neighbours in memory that it reads in an order no hardware foresees.
@@ -241,7 +243,6 @@ def _image(f: Function, task: Task, spec: Spec, load_planes: Function, flush: Fu
         _row(f, task, spec, place, i, None, taps)
 
     f.loop(0, task["row_count"], 1, row)
-    to = task.operand("out") + image * task["out_image"]
     f.call(flush, [out, to, task["out_pixels"], lane0, task["lanes_total"], task["plane_bytes"]])
 
 
