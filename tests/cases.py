@@ -151,6 +151,7 @@ CASES: dict[str, tuple[str, ...]] = {
         "n1c34h5w9k34r3s3 p1 g2",
         "n1c64h5w6k64r3s3 p1 g8",
         "n1c32h6w7k16r1s1 g4",
+        "n1c32h5w7k32r3s3 p1 g2",  # a group a vector
         "n1c10h6w7k15r3s3 p1 g5 st2",
         "n1c14h6w7k14r2s3 g7 d2x1",
         "n1c48h3w4k51r3s3 p1 g3",
@@ -218,6 +219,7 @@ TARGET_CASES: tuple[str, ...] = (
     "n1c17h9w11k16r3s3 p1 st2",
     "n1c16h8w9k17r5s5 p2",
     "n1c16h6w7k16r3s3 p1 g8",
+    "n1c32h5w7k32r3s3 p1 g2",
     "n5c21h1w1k37r1s1",
     "n2c5h3w4k9r3s4",
 )
