@@ -213,7 +213,7 @@ def test_neon_is_generated() -> None:
     from faltung.codegen.compile import assembly
 
     neon = targets.TARGETS["neon"]
-    kernel = winograd.WinogradKernel(neon, 4, "nhwc", "nchw", False, "tiles", 6, 4, False)
+    kernel = winograd.WinogradKernel(neon, "f32", 4, "nhwc", "nchw", False, "tiles", 6, 4, False)
     assert "fmla" in assembly(kernel.emit(), neon)
 
 
@@ -312,7 +312,7 @@ def test_refusals_name_their_reason() -> None:
     with pytest.raises(dispatch.Unsupported, match="dilation 1"):
         WINOGRAD_WEIGHT.plan(ConvProblem.parse(base + " p2 d2 grad_weight"), 2)
     assert "group" in reason(base + " g2")
-    assert "float32" in reason(base + " f64")
+    assert "float64" in reason(base + " f64")
     assert "channels" in reason("n8c8h56w56k64r3s3 p1")
     assert "padding mode" in reason(base + " reflect grad_input")
     assert "square" in reason("n8c64h56w56k64r7s7 p3")

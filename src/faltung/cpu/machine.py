@@ -228,7 +228,7 @@ def floor(problem: ConvProblem, target: Target, threads: int, products: float | 
     """
     own, numeric = machine(), Numeric(problem.dtype, target)
     threads = min(threads, own.threads)
-    lanes = numeric.lanes * (2 if numeric.pairs else 1)
+    lanes = numeric.lanes * (2 if numeric.pairs and products is None else 1)  # algorithms of fewer products compute them in float32
     arithmetic = (multiplications(problem) if products is None else products) / (2 * lanes) * own.cycle / threads
     rate = own.stream * threads / own.threads if problem.bytes() > SHARED_CACHE else own.far / own.cycle * threads
     memory = problem.bytes() / rate

@@ -13,12 +13,12 @@ from .. import config as options
 from ..codegen.load import load
 from ..codegen.numeric import Numeric
 from ..dispatch import Unsupported
-from ..problem import ConvProblem
+from ..problem import DTYPES, ConvProblem
 from . import target as targets
 from .direct import choose_config as direct_config
 from .frozen import Packing
 from .plan import CpuPlan
-from .target import Target
+from .target import Rates, Target
 from .tile import PAGE, align, odd_lines
 from .winograd_few import PIXEL, few_strip_bytes
 from .winograd_filter import filter_scratch_bytes
@@ -26,7 +26,7 @@ from .winograd_form import MOST_SPREAD, Form, Reads, Roles, out_tables, tile_sta
 from .winograd_input import strip_bytes, strip_groups, strip_table
 from .winograd_kernel import ARGUMENTS, LINE, WinogradKernel
 from .winograd_output import output_scratch_bytes
-from .winograd_tiling import WinogradConfig, candidates, choose_config, choose_kept, direct_cycles
+from .winograd_tiling import WinogradConfig, candidates, choose_config, choose_kept, density, direct_cycles
 from .winograd_transform import ALGORITHMS, ERROR_LIMIT, Algorithm
 
 __all__ = ["WINOGRAD", "Winograd", "build_plan", "refusal"]
@@ -61,8 +61,10 @@ def refusal(problem: ConvProblem, target: Target) -> str | None:
         return reason
     if problem.g != 1:
         return "one group only"
-    if problem.dtype != "f32":
-        return "float32 only: the transforms' rounding is within its bound there"
+    if problem.dtype == "f64":
+        return "not float64: the transforms' rounding is far above its own"
+    if problem.dtype != "f32" and roles.few:
+        return "few channels in float32 only"
     if min(problem.k if roles.forward and roles.few else problem.c, problem.k) < lanes:
         return f"fewer than {lanes} channels: the transforms cost more than they save"
     if problem.direction == "grad_input" and problem.padding_mode != "zeros":
@@ -132,13 +134,13 @@ class _Layout:
 
 def build_plan(problem: ConvProblem, target: Target, threads: int, config: WinogradConfig, name: str) -> CpuPlan:
     """The plan with the given configuration."""
-    roles, numeric = Roles(problem), Numeric("f32", target)
+    roles, numeric = Roles(problem), Numeric(problem.dtype, target)
     lanes = numeric.lanes
     narrow = -(-roles.out_channels // lanes) % config.vectors != 0
     formats = problem.format, problem.weight_format
     dilated = problem.format == "nchw" and roles.spread[1] > 1
     kernel = WinogradKernel(
-        target, config.algorithm.m, *formats, not roles.forward, config.order, config.rows, config.vectors, narrow,
+        target, problem.dtype, config.algorithm.m, *formats, not roles.forward, config.order, config.rows, config.vectors, narrow,
         dilated, roles.form, roles.source_channels if roles.few else 0,
     )  # fmt: skip
     layout = _Layout(roles, numeric, config, kernel, threads)
@@ -148,6 +150,7 @@ def build_plan(problem: ConvProblem, target: Target, threads: int, config: Winog
         "tile": f"{config.algorithm.m}x{config.algorithm.m}", "order": config.order, "block_tiles": config.tiles, "blocks": layout.blocks,
         "predicted_cycles": config.cycles, "error_bound": _error_bound(config.algorithm, roles.source_channels, roles.form),
     }  # fmt: skip
+    facts["products"] = round(layout.tiles * config.algorithm.n**2 * roles.virtual * density(roles.form, config.algorithm.n) * roles.out_channels)
     packing = Packing(ARGUMENTS, "filter_tasks", "tasks") if config.order == "tiles" else None
     block = ARGUMENTS.pack(threads, values)
     return CpuPlan(problem, name, load(kernel.name, target, kernel.emit), block, list(tables.values()), layout.workspace, facts, packing)
@@ -157,12 +160,12 @@ def _tables(roles: Roles, numeric: Numeric, algorithm: Algorithm, layout: _Layou
     """The arguments that are addresses of tables."""
     nhwc, spread, m = roles.problem.format == "nhwc", roles.spread, algorithm.m
     starts = tile_starts(layout.tiles_p, m, spread[0], roles.groups[0]), tile_starts(layout.tiles_q, m, spread[1], roles.groups[1])
-    reads = Reads(roles.source_size, roles.source_channels, algorithm.n, roles.before, roles.padding_mode, roles.step, roles.form.stride)
+    reads = Reads(roles.source_size, roles.source_channels, algorithm.n, roles.before, roles.padding_mode, roles.step, roles.form.stride, numeric.memory_bytes)
     rows, columns = reads.tables(starts, nhwc)
     if roles.few:
-        columns = reads.positions(starts[1], 4 * roles.source_channels if nhwc else 4)
+        columns = reads.positions(starts[1], numeric.memory_bytes * (roles.source_channels if nhwc else 1))
     zeros = max(roles.source_channels, roles.out_channels, roles.source_size[1] * roles.source_channels if roles.few else 0) + 64
-    out = out_tables(roles.out_size, roles.out_channels, starts, m, spread, nhwc)
+    out = out_tables(roles.out_size, roles.out_channels, starts, m, spread, nhwc, numeric.memory_bytes)
     return {
         "row_table": rows, "column_table": columns, "out_row_table": out[0], "out_column_table": out[1],
         "strip_table": strip_table(m, numeric, roles.step[1], roles.groups[1], roles.form.stride), "zeros": np.zeros(zeros, np.float32),
@@ -175,22 +178,23 @@ def _values(roles: Roles, config: WinogradConfig, layout: _Layout, tables: _Tabl
     (height, width), (out_height, out_width) = roles.source_size, roles.out_size
     source, out = roles.source_channels, roles.out_channels
     nhwc = problem.format == "nhwc"
-    plane = out_height * out_width * 4
+    size = DTYPES[problem.dtype]
+    plane = out_height * out_width * size
     taps, group, form = problem.r * problem.s, roles.groups[1] if max(roles.spread) > 1 else 1, roles.form
     if problem.weight_format == "nchw":
-        k_pitch, c_pitch, tap_pitch = problem.c * taps * 4, taps * 4, 4
+        k_pitch, c_pitch, tap_pitch = problem.c * taps * size, taps * size, size
     else:
-        k_pitch, c_pitch, tap_pitch = problem.c * taps * 4, 4, problem.c * 4
+        k_pitch, c_pitch, tap_pitch = problem.c * taps * size, size, problem.c * size
     tiles_first = config.order == "tiles"
     share_panels = -(-layout.panels // config.shares)
     shares = -(-layout.panels // share_panels)
     input_pieces = -(-config.tiles // config.input_tiles)
     return {
-        "tiles_p": layout.tiles_p, "tiles_q": layout.tiles_q, "source_channels": source, "source_image": source * height * width * 4,
-        "source_channel": height * width * 4, "source_width": width, "column_before": roles.before[1],
+        "tiles_p": layout.tiles_p, "tiles_q": layout.tiles_q, "source_channels": source, "source_image": source * height * width * size,
+        "source_channel": height * width * size, "source_width": width, "column_before": roles.before[1],
         "column_group": group, "column_spread": roles.step[1], "strip_tiles": strip_groups(group, form.stride) * group,
         **{name: table.ctypes.data for name, table in tables.items()},
-        "out_width": out_width, "out_image": out * plane, "out_channel": 4 if nhwc else plane,
+        "out_width": out_width, "out_image": out * plane, "out_channel": size if nhwc else plane,
         "filter_tasks": layout.panels * layout.pieces, "input_tasks": layout.blocks * input_pieces,
         "tasks": layout.blocks * (shares if tiles_first else layout.panels), "tiles": layout.tiles, "block_tiles": config.tiles,
         "input_pieces": input_pieces, "piece_tiles": config.input_tiles, "shares": shares, "share_panels": share_panels, "panels": layout.panels,
@@ -237,8 +241,10 @@ class Winograd:
 def _faster_than_direct(problem: ConvProblem, target: Target, threads: int, allowed: tuple[Algorithm, ...]) -> tuple[Algorithm, ...]:
     """The algorithm predicted to be fastest; raises :class:`Unsupported` where that is the direct one.
 
-    Everything but this choice leaves the bits as they are; where results must be reproducible it depends on neither batch size nor threads.
+    Everything but this choice leaves the bits as they are, so it does not look at what the machine's rates were measured to be; where results must be
+    reproducible it depends on neither batch size nor threads.
     """
+    target = replace(target, rates=Rates())
     if options.current().reproducible:
         problem, threads = replace(problem, n=_REPRODUCIBLE_BATCH), 1
     best = choose_config(problem, target, threads, allowed)

@@ -12,7 +12,7 @@ from ..codegen.entry import ArgumentBlock
 from ..codegen.numeric import Numeric
 from .pack import Arguments, zero_run
 from .winograd_form import Form, table_pitch
-from .winograd_input import INPUT, STRIP_TILES, tile_rows, transform_tile
+from .winograd_input import INPUT, STRIP_TILES, in_strip, tile_rows, transform_tile
 from .winograd_transform import Algorithm
 
 __all__ = ["PIXEL", "emit_few_input", "few_strip_bytes"]
@@ -64,7 +64,7 @@ def emit_few_input(module: Module, arguments: ArgumentBlock, numeric: Numeric, a
                 for vector in range(-(-4 * channels // lanes)):
                     origin = f["scratch"] + (index - first) * (m * pixel) + vector * (lanes * size)
                     target = f["v"] + (index - f["first"]) * f["v_pitch"] + vector * (lanes * size)
-                    transform_tile(f, numeric, algorithm, INPUT, partial(_place, origin, pitch, pixel), target, None)
+                    transform_tile(f, numeric, algorithm, INPUT, partial(in_strip, f, numeric, origin, pitch, pixel), target, None)
 
             f.loop(first, first + tiles, 1, tile)
 
@@ -73,10 +73,6 @@ def emit_few_input(module: Module, arguments: ArgumentBlock, numeric: Numeric, a
     tile_rows(f, a, f["first"], f["last"], row_of_tiles)
     f.ret()
     return f
-
-
-def _place(origin: Value, pitch: int, pixel: int, i: int, j: int) -> Value:
-    return origin + (i * pitch + j * pixel)
 
 
 def _emit_pack(module: Module, numeric: Numeric, form: Form, source_format: str, channels: int) -> Function:

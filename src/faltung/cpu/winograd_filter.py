@@ -88,22 +88,22 @@ def _transform(f: Function, numeric: Numeric, algorithm: Algorithm, form: Form, 
 
 def _gather_whole(f: Function, numeric: Numeric, base: Value, count: int) -> None:
     """The ``count`` weights of each of ``lanes`` output channels (at least a vector) into ``scratch`` [weight][lane]."""
-    lanes, size = numeric.lanes, numeric.compute_bytes
+    lanes, size, memory = numeric.lanes, numeric.compute_bytes, numeric.memory_bytes
     if count < lanes:
 
         def lane(i: Value) -> None:
             place, target = base + i * f["lane_pitch"], f["scratch"] + i * size
             for weight in range(count):
-                f.store(f.load(place + weight * size, numeric.compute), target + weight * (lanes * size))
+                f.store(numeric.load(f, place + weight * memory, 1), target + weight * (lanes * size))
 
         f.loop(0, lanes, 1, lane)
         return
 
     def block(c: Value) -> None:
         first = f.minimum(c, count - lanes)
-        loaded, place = [], base + first * size
+        loaded, place = [], base + first * memory
         for _ in range(lanes):
-            loaded.append(f.load(place, numeric.vector))
+            loaded.append(numeric.load(f, place, lanes))
             place = place + f["lane_pitch"]
         for j, vector in enumerate(f.transpose(loaded)):
             f.store(vector, f["scratch"] + (first + j) * (lanes * size))
@@ -113,8 +113,8 @@ def _gather_whole(f: Function, numeric: Numeric, base: Value, count: int) -> Non
 
 def _gathers(f: Function, numeric: Numeric, every: int) -> dict[tuple[bool, str], Callable[[Value], None]]:
     """Gathers of ``lanes`` reduced by ``lanes`` output channels' taps, ``every`` of them, into ``scratch`` [reduced channel][tap][lane]."""
-    lanes, size = numeric.lanes, numeric.compute_bytes
-    vector_bytes = lanes * size
+    lanes, size, memory = numeric.lanes, numeric.compute_bytes, numeric.memory_bytes
+    vector_bytes, run_bytes = lanes * size, lanes * memory
 
     def pointers(base: Value, pitch: Value) -> list[Value]:
         found = [base]
@@ -126,7 +126,7 @@ def _gathers(f: Function, numeric: Numeric, every: int) -> dict[tuple[bool, str]
         """(k, c, r, s): the taps of ``lanes`` reduced channels are one run of each output channel."""
 
         def block(i: Value) -> None:
-            loaded = [f.load(p + i * vector_bytes, numeric.vector) for p in pointers(base, f["lane_pitch"])]
+            loaded = [numeric.load(f, p + i * run_bytes, lanes) for p in pointers(base, f["lane_pitch"])]
             for j, vector in enumerate(f.transpose(loaded)):
                 f.store(vector, f["scratch"] + (i * lanes + j) * vector_bytes)
 
@@ -139,7 +139,7 @@ def _gathers(f: Function, numeric: Numeric, every: int) -> dict[tuple[bool, str]
             loaded = []
             for p in pointers(base, f["lane_pitch"]):
                 place = p + t * f["tap_pitch"]
-                loaded.append(f.load(place, numeric.vector))
+                loaded.append(numeric.load(f, place, lanes))
                 f.prefetch(place + 64, 3)  # the next block's: lines this far apart are out of the hardware's sight
             for j, vector in enumerate(f.transpose(loaded)):
                 f.store(vector, f["scratch"] + (t + j * every) * vector_bytes)
@@ -152,23 +152,21 @@ def _gathers(f: Function, numeric: Numeric, every: int) -> dict[tuple[bool, str]
         def reduced(i: Value) -> None:
             source = base + i * f["reduced_pitch"]
             target = f["scratch"] + i * (every * vector_bytes)
-            for line in range(every * vector_bytes // 64):
-                f.prefetch(source + (every * vector_bytes + line * 64), 2)  # the same of the next vector of output channels
+            for line in range(every * run_bytes // 64):
+                f.prefetch(source + (every * run_bytes + line * 64), 2)  # the same of the next vector of output channels
             done = 0
             while done < every:
                 some = min(lanes, every - done)
                 if some == lanes or numeric.target.masks:
                     mask = None if some == lanes else f.lane_mask(some, lanes)
-                    loaded = []
-                    for lane in range(lanes):
-                        place = source + (lane * every + done) * size
-                        loaded.append(f.load(place, numeric.vector) if mask is None else f.load_masked(place, mask, numeric.vector))
+                    loaded = [numeric.load(f, source + (lane * every + done) * memory, lanes, mask) for lane in range(lanes)]
                     for j, vector in enumerate(f.transpose(loaded)[:some]):
                         f.store(vector, target + (done + j) * vector_bytes)
                 else:
                     for j in range(some):
                         for lane in range(lanes):
-                            f.store(f.load(source + (lane * every + done + j) * size, numeric.compute), target + (done + j) * vector_bytes + lane * size)
+                            value = numeric.load(f, source + (lane * every + done + j) * memory, 1)
+                            f.store(value, target + (done + j) * vector_bytes + lane * size)
                 done += some
 
         f.loop(0, lanes, 1, reduced)
@@ -179,7 +177,7 @@ def _gathers(f: Function, numeric: Numeric, every: int) -> dict[tuple[bool, str]
         def reduced(i: Value) -> None:
             source, target = base + i * f["reduced_pitch"], f["scratch"] + i * (every * vector_bytes)
             for tap in range(every):
-                f.store(f.load(source + f["tap_pitch"] * tap, numeric.vector), target + tap * vector_bytes)
+                f.store(numeric.load(f, source + f["tap_pitch"] * tap, lanes), target + tap * vector_bytes)
 
         f.loop(0, lanes, 1, reduced)
 

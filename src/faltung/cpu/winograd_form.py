@@ -168,11 +168,12 @@ class Reads:
     mode: str = "zeros"
     step: tuple[int, int] = (1, 1)
     stride: int = 1
+    element: int = 4
 
     def tables(self, starts: tuple[Table, Table], nhwc: bool) -> tuple[Table, Table]:
         """Rows: for each of ``stride`` offsets and each tile ``table_pitch(extent)`` byte offsets, -1 for zero.  Columns for nhwc: likewise; for nchw: the
         column of every position of the padded image."""
-        pixel = 4 * (self.channels if nhwc else 1)
+        pixel = self.element * (self.channels if nhwc else 1)
         rows = self._reads(0, starts[0], self.size[1] * pixel)
         return rows, self._reads(1, starts[1], pixel) if nhwc else self.positions(starts[1], 1)
 
@@ -188,8 +189,10 @@ class Reads:
         return np.ascontiguousarray(np.where(index >= 0, index * pitch, -1))
 
 
-def out_tables(size: tuple[int, int], channels: int, starts: tuple[Table, Table], m: int, spread: tuple[int, int], nhwc: bool) -> tuple[Table, Table]:
+def out_tables(
+    size: tuple[int, int], channels: int, starts: tuple[Table, Table], m: int, spread: tuple[int, int], nhwc: bool, element: int = 4
+) -> tuple[Table, Table]:
     """``table_pitch(m)`` entries for each tile: byte offsets of the m rows, and of the m columns, that it writes, -1 for those outside."""
-    pixel = 4 * (channels if nhwc else 1)
+    pixel = element * (channels if nhwc else 1)
     rows, columns = (s[:, None] + np.arange(table_pitch(m), dtype=np.int64) * step for s, step in zip(starts, spread))
     return np.where(rows < size[0], rows * (size[1] * pixel), -1), np.where(columns < size[1], columns * pixel, -1)

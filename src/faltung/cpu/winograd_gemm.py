@@ -183,7 +183,7 @@ def emit_multiply(module: Module, numeric: Numeric, n: int, form: Form, rows: in
         if touch is not None:
             share = f["tiles"]
             start, stop = t * share // points, (t + 1) * share // points
-            f.call(touch[0], [f["block"], f["out"], f["out_first"] + start, f["out_first"] + stop, f.value(width)])
+            f.call(touch[0], [f["block"], f["out"], f["out_first"] + start, f["out_first"] + stop, f.value(width * numeric.memory_bytes // size)])
             with f.when(f["source_width"] > 0):
                 f.call(touch[1], [f["block"], f["source"], f["source_first"] + start, f["source_first"] + stop, f["source_width"]])
 

@@ -18,8 +18,8 @@ from .winograd_form import PLAIN, Form, Table, table_pitch, tile_starts
 from .winograd_transform import Algorithm, Transform1d, emit_input_1d, emit_lift_1d, transform_2d
 
 __all__ = [
-    "GRADIENT_ARGUMENTS", "INPUT_ARGUMENTS", "LIFT", "LIFT_SUMS", "STRIP_ARGUMENTS", "STRIP_TILES", "Strips", "channel_start", "emit_input", "strip_bytes",
-    "strip_groups", "strip_table", "tile_rows", "transform_tile",
+    "GRADIENT_ARGUMENTS", "INPUT_ARGUMENTS", "LIFT", "LIFT_SUMS", "STRIP_ARGUMENTS", "STRIP_TILES", "Strips", "channel_start", "emit_input", "in_strip",
+    "strip_bytes", "strip_groups", "strip_table", "tile_rows", "transform_tile",
 ]  # fmt: skip
 
 INPUT_ARGUMENTS = (
@@ -169,10 +169,10 @@ def transform_tile(
     form: Form = PLAIN,
     component: int = 0,
 ) -> None:
-    """One vector of channels of one tile; ``pixel(i, j)`` is the address of its pixel, ``sums`` where their sum is added.  Points that the component is not
+    """One vector of channels of one tile; ``pixel(i, j)`` is its pixel, ``sums`` where their sum is added.  Points that the component is not
     multiplied at are left out."""
     n, extent = algorithm.n, gather.extent(algorithm)
-    columns = [[f.load(pixel(i, j), numeric.vector) for i in range(extent)] for j in range(extent)]
+    columns = [[pixel(i, j) for i in range(extent)] for j in range(extent)]
     if sums is not None:
         every = [value for column in columns for value in column]
         while len(every) > 1:
@@ -221,13 +221,14 @@ def _from_nhwc(f: Function, a: Arguments, numeric: Numeric, algorithm: Algorithm
                 target = f["v"] + (index - f["first"]) * f["v_pitch"]
 
                 def block(c: Value) -> None:
-                    offset = channel_start(f, c, channels, lanes) * size
+                    channel = channel_start(f, c, channels, lanes)
+                    offset = channel * numeric.memory_bytes
 
                     def pixel(i: int, j: int) -> Value:
-                        return f.load(addresses + (i * wide + j) * 8, "ptr") + offset
+                        return numeric.load(f, f.load(addresses + (i * wide + j) * 8, "ptr") + offset, lanes)
 
                     sums = f["sums"] + c * size if gather.sums else None
-                    transform_tile(f, numeric, algorithm, gather, pixel, target + behind + offset, sums, form, number)
+                    transform_tile(f, numeric, algorithm, gather, pixel, target + behind + channel * size, sums, form, number)
 
                 f.loop(0, channels, lanes, block)
 
@@ -284,7 +285,7 @@ def _from_nchw(f: Function, a: Arguments, numeric: Numeric, algorithm: Algorithm
                     sums = f["sums"] + c * size if gather.sums else None
                     for number, (down, right) in enumerate(form.components):
                         origin = f["scratch"] + strips.origin(index - first) + (right * pixel_bytes + down * n * pitch)
-                        pixel = partial(_in_strip, origin, pitch, strips.pitch)
+                        pixel = partial(in_strip, f, numeric, origin, pitch, strips.pitch)
                         transform_tile(f, numeric, algorithm, gather, pixel, target + channels * (number * size), sums, form, number)
 
                 f.loop(first, first + tiles, 1, tile)
@@ -296,8 +297,9 @@ def _from_nchw(f: Function, a: Arguments, numeric: Numeric, algorithm: Algorithm
     tile_rows(f, a, f["first"], f["last"], row_of_tiles)
 
 
-def _in_strip(origin: Value, pitch: Scalar, column: Scalar, i: int, j: int) -> Value:
-    return origin + (i * pitch + j * column)
+def in_strip(f: Function, numeric: Numeric, origin: Value, pitch: Scalar, column: Scalar, i: int, j: int) -> Value:
+    """The pixel in row ``i`` and column ``j`` of a tile that begins at ``origin`` in a strip."""
+    return f.load(origin + (i * pitch + j * column), numeric.vector)
 
 
 def _emit_pack_row(module: Module, numeric: Numeric) -> Function:
@@ -309,12 +311,12 @@ def _emit_pack_row(module: Module, numeric: Numeric) -> Function:
     if module.has("pack_row"):
         return module._functions["pack_row"]
     f = module.function("pack_row", [("ptr", "source"), ("ptr", "target"), ("ptr", "columns"), *(("i64", n) for n in names)])
-    lanes, size = numeric.lanes, numeric.compute_bytes
+    lanes, size, memory = numeric.lanes, numeric.compute_bytes, numeric.memory_bytes
     pixel = lanes * size
     low, high = f["low"], f["high"]
 
     def pointers(x: Value) -> list[Value]:
-        first = f["source"] + (f["x"] + x) * size
+        first = f["source"] + (f["x"] + x) * memory
         found = [first]
         for _ in range(lanes - 1):
             found.append(found[-1] + f["channel"])
@@ -325,14 +327,14 @@ def _emit_pack_row(module: Module, numeric: Numeric) -> Function:
             f.store(vector, f["target"] + (x + i) * pixel)
 
     def block(x: Value) -> None:
-        place([f.load(p, numeric.vector) for p in pointers(x)], x)
+        place([numeric.load(f, p, lanes) for p in pointers(x)], x)
 
     def border(x: Value) -> None:
         column = f.load_index(f["columns"], x)
 
         def gather() -> None:
-            source = f["source"] + column * size
-            f.loop(0, lanes, 1, lambda i: f.store(f.load(source + i * f["channel"], numeric.compute), f["target"] + x * pixel + i * size))
+            source = f["source"] + column * memory
+            f.loop(0, lanes, 1, lambda i: f.store(numeric.load(f, source + i * f["channel"], 1), f["target"] + x * pixel + i * size))
 
         f.branch(column >= 0, gather, lambda: f.store(f.zero(numeric.vector), f["target"] + x * pixel))
 
@@ -341,7 +343,7 @@ def _emit_pack_row(module: Module, numeric: Numeric) -> Function:
     if numeric.target.masks:
         with f.when(whole < high):
             mask = f.lane_mask(high - whole, lanes)
-            place([f.load_masked(p, mask, numeric.vector) for p in pointers(whole)], whole)
+            place([numeric.load(f, p, lanes, mask) for p in pointers(whole)], whole)
         f.loop(high, f["count"], 1, border)
     else:
         f.loop(whole, f["count"], 1, border)

@@ -64,6 +64,7 @@ class WinogradKernel:
     """
 
     target: Target
+    dtype: str
     m: int
     format: str
     weight_format: str
@@ -82,7 +83,7 @@ class WinogradKernel:
         panels = f"{self.rows}x{self.vectors}{'n' if self.narrow else ''}_{self.target.isa}"
         kernel = "" if self.form == PLAIN else f"_{self.form.r}x{self.form.s}s{self.form.stride}" + (f"c{self.few}" if self.few else "")
         direction += "_dilated" if self.dilated else ""
-        return f"winograd_F{self.m}{kernel}_{direction}_{self.format}_w{self.weight_format}_{self.order}_{panels}"
+        return f"winograd_F{self.m}{kernel}_{self.dtype}_{direction}_{self.format}_w{self.weight_format}_{self.order}_{panels}"
 
     def emit(self) -> str:
         """The module's IR text; its entry point is ``entry``."""
@@ -112,7 +113,7 @@ class _Builder(Panels):
 
     def __init__(self, kernel: WinogradKernel, module: Module) -> None:
         self.kernel, self.module = kernel, module
-        self.numeric = Numeric("f32", kernel.target)
+        self.numeric = Numeric(kernel.dtype, kernel.target)
         form, self.components = kernel.form, len(kernel.form.components)
         self.algorithm = next(a for a in ALGORITHMS[form.taps[0]] if a.m == kernel.m)
         self.points = self.algorithm.n**2
@@ -151,7 +152,7 @@ class _Builder(Panels):
         f.call(self.filter, [weight, u, scratch, count, panel.valid, task["reduced_pitch"], task["lane_pitch"], task["tap_pitch"], panel.u_point, width])
 
     def call_output(self, f: Function, task: Task, panel: _Panel, m: Value, scratch: Value, first: Value, last: Value) -> None:
-        size = self.numeric.compute_bytes
+        size = self.numeric.memory_bytes
         bias = f.select(task["has_bias"] > 0, task.operand("bias"), task.table("zeros")) + panel.start * size
         out = task.operand("out") + panel.start * task["out_channel"]
         block = f.to_pointer(f.load(f["context"]))
@@ -209,7 +210,7 @@ class _Builder(Panels):
                     out = task.operand("out") + panel.start * task["out_channel"]
                     block = f.to_pointer(f.load(f["context"]))
                     ahead = f.minimum(first + task["block_tiles"] * task["threads"], task["tiles"] - task["block_tiles"])
-                    wide = f.value(0) if self.kernel.few else f.select(i.equals(first_panel), task["source_channels"] * 4, f.value(0))
+                    wide = f.value(0) if self.kernel.few else f.select(i.equals(first_panel), task["source_channels"] * self.numeric.memory_bytes, f.value(0))
                     touch = [block, out, task.operand("source"), first, f.maximum(ahead, 0), wide]
                     f.call(self.multiply[panel.vectors], [v, u, m, task.table("zeros"), *sizes, panel.u_point, task["m_point"], *touch])
                     self.call_output(f, task, panel, m, strip, first, last)

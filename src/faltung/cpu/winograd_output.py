@@ -41,8 +41,8 @@ def emit_output(module: Module, arguments: ArgumentBlock, numeric: Numeric, algo
     return f
 
 
-def _transform(f: Function, numeric: Numeric, algorithm: Algorithm, source: Value, bias: Value, pixel: Callable[[int, int], Value]) -> None:
-    """One vector of channels of one tile; ``pixel(i, j)`` is where its pixel goes."""
+def _transform(f: Function, numeric: Numeric, algorithm: Algorithm, source: Value, bias: Value, write: Callable[[int, int, Value], None]) -> None:
+    """One vector of channels of one tile; ``write(i, j, value)`` takes its pixels."""
     n = algorithm.n
     products = []
     for i in range(n):
@@ -51,7 +51,7 @@ def _transform(f: Function, numeric: Numeric, algorithm: Algorithm, source: Valu
     columns = [[products[i][j] for i in range(n)] for j in range(n)]
     for i, row in enumerate(transform_2d(f, emit_output_1d, algorithm, columns, numeric.target.fma)):
         for j, value in enumerate(row):
-            f.store(f.fadd(value, bias), pixel(i, j))
+            write(i, j, f.fadd(value, bias))
 
 
 def _to_nhwc(f: Function, a: Arguments, numeric: Numeric, algorithm: Algorithm) -> None:
@@ -83,9 +83,14 @@ def _to_nhwc(f: Function, a: Arguments, numeric: Numeric, algorithm: Algorithm) 
             source = f["m"] + (index - f["first"]) * f["m_pitch"]
 
             def block(k: Value) -> None:
-                offset = channel_start(f, k, f["valid"], lanes) * size
-                bias = f.load(f["bias"] + offset, numeric.vector)
-                _transform(f, numeric, algorithm, source + offset, bias, lambda i, j: f.load(addresses + (i * wide + j) * 8, "ptr") + offset)
+                channel = channel_start(f, k, f["valid"], lanes)
+                offset = channel * numeric.memory_bytes
+                bias = numeric.load(f, f["bias"] + offset, lanes)
+
+                def write(i: int, j: int, value: Value) -> None:
+                    numeric.store(f, value, f.load(addresses + (i * wide + j) * 8, "ptr") + offset, lanes)
+
+                _transform(f, numeric, algorithm, source + channel * size, bias, write)
 
             f.loop(0, f["valid"], lanes, block)
 
@@ -114,15 +119,15 @@ def _to_nchw(f: Function, a: Arguments, numeric: Numeric, algorithm: Algorithm, 
 
             def block(k: Value) -> None:
                 channel = channel_start(f, k, f["valid"], lanes)
-                bias = f.load(f["bias"] + channel * size, numeric.vector)
+                bias = numeric.load(f, f["bias"] + channel * numeric.memory_bytes, lanes)
 
                 def tile(index: Value) -> None:
                     source = f["m"] + (index - f["first"]) * f["m_pitch"] + channel * size
                     origin = f["scratch"] + strips.origin(index - first)
-                    _transform(f, numeric, algorithm, source, bias, lambda i, j: origin + (i * pitch + j * strips.pitch))
+                    _transform(f, numeric, algorithm, source, bias, lambda i, j, value: f.store(value, origin + (i * pitch + j * strips.pitch)))
 
                 f.loop(first, first + tiles, 1, tile)
-                target = f["out"] + image * out_image + channel * out_channel + x * size
+                target = f["out"] + image * out_image + channel * out_channel + x * numeric.memory_bytes
 
                 def line(i: Value) -> None:
                     offset = f.load_index(row_table, tile_row * table_pitch(m) + i)
@@ -141,11 +146,11 @@ def _to_nchw(f: Function, a: Arguments, numeric: Numeric, algorithm: Algorithm, 
 def _emit_unpack_row(module: Module, numeric: Numeric) -> Function:
     """``unpack_row(source, target, count, channel)``: ``count`` columns of ``lanes`` channels to rows of the output, transposed."""
     f = module.function("unpack_row", [("ptr", "source"), ("ptr", "target"), ("i64", "count"), ("i64", "channel")])
-    lanes, size = numeric.lanes, numeric.compute_bytes
+    lanes, size, memory = numeric.lanes, numeric.compute_bytes, numeric.memory_bytes
 
     def rows(x: Value) -> list[tuple[Value, Value]]:
         loaded = [f.load(f["source"] + (x + i) * (lanes * size), numeric.vector) for i in range(lanes)]
-        target, result = f["target"] + x * size, []
+        target, result = f["target"] + x * memory, []
         for vector in f.transpose(loaded):
             result.append((vector, target))
             target = target + f["channel"]
@@ -155,19 +160,20 @@ def _emit_unpack_row(module: Module, numeric: Numeric) -> Function:
 
     def block(x: Value) -> None:
         for vector, place in rows(x):
-            f.store(vector, place)
+            numeric.store(f, vector, place, lanes)
 
     f.loop(0, whole, lanes, block)
     if numeric.target.masks:
         with f.when(whole < f["count"]):
             mask = f.lane_mask(f["count"] - whole, lanes)
             for vector, place in rows(whole):
-                f.store_masked(vector, place, mask)
+                numeric.store(f, vector, place, lanes, mask)
     else:
 
         def column(x: Value) -> None:
             source = f["source"] + x * (lanes * size)
-            f.loop(0, lanes, 1, lambda i: f.store(f.load(source + i * size, numeric.compute), f["target"] + x * size + i * f["channel"]))
+            target = f["target"] + x * memory
+            f.loop(0, lanes, 1, lambda i: numeric.store(f, f.load(source + i * size, numeric.compute), target + i * f["channel"], 1))
 
         f.loop(whole, f["count"], 1, column)
     f.ret()

@@ -7,14 +7,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from ..problem import ConvProblem
+from ..problem import DTYPES, ConvProblem
 from .target import Target
 from .tiling import split_count, step_cycles
 from .winograd_form import Form, Roles
 from .winograd_gemm import gemm_rows
 from .winograd_transform import Algorithm, reduction_piece
 
-__all__ = ["WinogradConfig", "candidates", "choose_config", "direct_cycles", "panel_vectors"]
+__all__ = ["WinogradConfig", "candidates", "choose_config", "density", "direct_cycles", "panel_vectors"]
 
 _CALL_CYCLES = 25.0  # of one call of the GEMM: arguments, start of the pipeline
 _NEAR_BYTES = 40.0  # a cycle, from the second-level cache
@@ -30,6 +30,7 @@ _TASK_CYCLES = 400.0
 _FORK_CYCLES = 6000.0
 _TRANSFORM_CYCLES = {"input": 5.3, "output": 4.2, "filter": 4.0}
 """Cycles a point, for one vector of one tile (input, output) or of one row of filters: bound by moving V, M and U between the first two caches."""
+_CONVERTED_FILTERS = 2.0  # of a 16-bit type: each tap is converted
 _NCHW_CYCLES = 5.0  # a pixel of one vector: the transpositions
 
 
@@ -87,7 +88,7 @@ def choose_kept(problem: ConvProblem, target: Target, threads: int, algorithm: A
 
 def direct_cycles(problem: ConvProblem, cycles: float, threads: int) -> float:
     """Cycles of direct convolution from its own prediction (of all cores), and the way of its packed weights through memory."""
-    return cycles / threads + problem.c * problem.k * problem.r * problem.s * 4 / _WEIGHT_BYTES
+    return cycles / threads + problem.c * problem.k * problem.r * problem.s * DTYPES[problem.dtype] / _WEIGHT_BYTES
 
 
 def _tile_count(roles: Roles, algorithm: Algorithm) -> int:
@@ -95,7 +96,7 @@ def _tile_count(roles: Roles, algorithm: Algorithm) -> int:
     return roles.problem.n * tiles_p * tiles_q
 
 
-def _density(form: Form, n: int) -> float:
+def density(form: Form, n: int) -> float:
     """The part of the components that a point multiplies, on average."""
     counts = [stop - first for row in (False, True) for column in (False, True) for first, stop in [form.active(row, column)]]
     weights = [(n - 1) ** 2, n - 1, n - 1, 1]
@@ -164,12 +165,14 @@ def predict(problem: ConvProblem, target: Target, threads: int, config: Winograd
 
     ``kept``: U is there already, in memory (order ``tiles``).
     """
-    roles, algorithm = Roles(problem), config.algorithm
+    roles, algorithm, rates = Roles(problem), config.algorithm, target.rates
+    near_bytes, read_bytes, write_bytes = _NEAR_BYTES * rates.near, _READ_BYTES * rates.far, _WRITE_BYTES * rates.far
+    memory_bytes, stream_bytes = _MEMORY_BYTES * rates.memory, _STREAM_BYTES * rates.memory
     lanes, points = target.lanes("float"), algorithm.n**2
     source, out = -(-roles.source_channels // lanes) * len(roles.form.components), -(-roles.out_channels // lanes)
     if roles.few:
         source = -(-roles.virtual // lanes)
-    depth = roles.virtual * _density(roles.form, algorithm.n)  # terms of a point, on average
+    depth = roles.virtual * density(roles.form, algorithm.n)  # terms of a point, on average
     tiles = _tile_count(roles, algorithm)
     blocks = -(-tiles // config.tiles)
     panels = -(-out // config.vectors)
@@ -192,34 +195,34 @@ def predict(problem: ConvProblem, target: Target, threads: int, config: Winograd
     line = algorithm.m**2 * target.vector_bytes / 16.0  # pixels come from the outer caches
     load = source * (points * _TRANSFORM_CYCLES["input"] + transpose + line)
     store = out * (points * _TRANSFORM_CYCLES["output"] + unpack + line)
-    filters = depth * out * points * _TRANSFORM_CYCLES["filter"]
-    filters += roles.source_channels * roles.out_channels * problem.r * problem.s * 4 / _WRITE_BYTES
+    filters = depth * out * points * _TRANSFORM_CYCLES["filter"] * (1.0 if problem.dtype == "f32" else _CONVERTED_FILTERS)
+    filters += roles.source_channels * roles.out_channels * problem.r * problem.s * 4 / write_bytes
     u = points * depth * out * target.vector_bytes
     v = config.tiles * points * source * target.vector_bytes
     m = config.tiles * points * config.vectors * target.vector_bytes
-    gemm += panels * v / _NEAR_BYTES
+    gemm += panels * v / near_bytes
     if config.order == "tiles":
         share_panels = -(-panels // config.shares)
         shares = -(-panels // share_panels)
         part = share_panels / panels
-        read = _READ_BYTES if u < _SHARED_CACHE else _MEMORY_BYTES if kept or roles.by_pieces else _STREAM_BYTES
-        streamed = u * part + (v * share_panels * (1.0 if kept else read / _READ_BYTES) if v + m > target.l2 * 3 // 4 else 0.0)
+        read = read_bytes if u < _SHARED_CACHE else memory_bytes if kept or roles.by_pieces else stream_bytes
+        streamed = u * part + (v * share_panels * (1.0 if kept else read / read_bytes) if v + m > target.l2 * 3 // 4 else 0.0)
         task = gemm * part + config.tiles * (load + store * part) + streamed / read + _TASK_CYCLES
         if roles.by_pieces:
             streamed = 3 * u * part
-            task = (gemm - panels * v / _NEAR_BYTES) * part + config.tiles * (1.25 * load + store * part) + streamed / read + _TASK_CYCLES
+            task = (gemm - panels * v / near_bytes) * part + config.tiles * (1.25 * load + store * part) + streamed / read + _TASK_CYCLES
             task = (task + 2 * m * share_panels * pieces / _SUM_BYTES) * _PIECES[problem.format]
             m = 0
         if m > target.l2:
-            task += 2 * m * share_panels / _READ_BYTES
+            task += 2 * m * share_panels / read_bytes
         tasks = blocks * shares
-        before = 0.0 if kept else filters / threads + u / (_WRITE_BYTES if u < _SHARED_CACHE else _MEMORY_BYTES) / (threads if u < target.l2 * 2 else 1)
+        before = 0.0 if kept else filters / threads + u / (write_bytes if u < _SHARED_CACHE else memory_bytes) / (threads if u < target.l2 * 2 else 1)
     else:
-        read = _READ_BYTES if blocks * v < _SHARED_CACHE * 2 // 3 else _MEMORY_BYTES  # every panel reads V again
+        read = read_bytes if blocks * v < _SHARED_CACHE * 2 // 3 else memory_bytes  # every panel reads V again
         task = (gemm + filters + v * panels / read) / panels + config.tiles * store / panels + _TASK_CYCLES
         if m > target.l2 * 3 // 4:
-            task += 2 * m * pieces / _READ_BYTES
+            task += 2 * m * pieces / read_bytes
         tasks = blocks * panels
-        before = (tiles * load + blocks * v / _WRITE_BYTES) / threads
+        before = (tiles * load + blocks * v / write_bytes) / threads
     waves = tasks / threads if tasks >= 16 * threads else -(-tasks // threads)
-    return before + waves * task + (_FORK_CYCLES if threads > 1 else 0.0)
+    return before + waves * task + (_FORK_CYCLES * rates.fork if threads > 1 else 0.0)

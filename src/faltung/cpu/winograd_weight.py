@@ -59,10 +59,10 @@ class _Layout:
 
 def build_plan(problem: ConvProblem, target: Target, threads: int, config: WinogradWeightConfig, name: str) -> CpuPlan:
     """The plan with the given configuration."""
-    numeric = Numeric("f32", target)
+    numeric = Numeric(problem.dtype, target)
     narrow = -(-problem.c // numeric.lanes) % config.vectors != 0
     kernel = WinogradWeightKernel(
-        target, config.algorithm.m, problem.format, problem.weight_format, config.rows, config.vectors, narrow, config.parts == 1,
+        target, problem.dtype, config.algorithm.m, problem.format, problem.weight_format, config.rows, config.vectors, narrow, config.parts == 1,
         problem.epilogue.bias,
     )  # fmt: skip
     layout = _Layout(problem, numeric, config, threads)
@@ -71,25 +71,28 @@ def build_plan(problem: ConvProblem, target: Target, threads: int, config: Winog
     m = config.algorithm.m
     nhwc = problem.format == "nhwc"
     starts = tile_starts(layout.tiles_p, m, 1, 1), tile_starts(layout.tiles_q, m, 1, 1)
-    image = Reads((problem.h, problem.w), problem.c, config.algorithm.n, (top, left), problem.padding_mode).tables(starts, nhwc)
-    gradient = Reads((problem.p, problem.q), problem.k, m, (0, 0)).tables(starts, nhwc)
+    image = Reads((problem.h, problem.w), problem.c, config.algorithm.n, (top, left), problem.padding_mode, element=numeric.memory_bytes).tables(starts, nhwc)
+    gradient = Reads((problem.p, problem.q), problem.k, m, (0, 0), element=numeric.memory_bytes).tables(starts, nhwc)
     values = _values(problem, numeric, config, layout, kernel)
-    values |= _source("", problem.c, problem.h, problem.w, left, nhwc, image) | _source("gradient_", problem.k, problem.p, problem.q, 0, nhwc, gradient)
+    values |= _source("", numeric, problem.c, problem.h, problem.w, left, nhwc, image)
+    values |= _source("gradient_", numeric, problem.k, problem.p, problem.q, 0, nhwc, gradient)
     values |= {"zeros": zeros.ctypes.data}
     facts = {
         "tile": f"{m}x{m}", "parts": config.parts, "block_tiles": config.block_tiles, "blocks": config.k_blocks * config.c_blocks,
-        "predicted_cycles": config.cycles, "error_bound": config.error_bound,
+        "predicted_cycles": config.cycles / threads, "error_bound": config.error_bound,
+        "products": layout.tiles * config.algorithm.n**2 * problem.c * problem.k,
     }  # fmt: skip
     tables = (*image, *gradient, zeros)
     return CpuPlan(problem, name, load(kernel.name, target, kernel.emit), ARGUMENTS.pack(threads, values), tables, layout.workspace, facts)
 
 
 def _source(
-    prefix: str, channels: int, height: int, width: int, before: int, nhwc: bool, tables: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]
+    prefix: str, numeric: Numeric, channels: int, height: int, width: int, before: int, nhwc: bool, tables: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]
 ) -> dict[str, int]:
     """The arguments of x or (with its prefix) of the gradient of y."""
+    size = numeric.memory_bytes
     values = {
-        "source_channels": channels, "source_image": channels * height * width * _SIZE, "source_channel": _SIZE if nhwc else height * width * _SIZE,
+        "source_channels": channels, "source_image": channels * height * width * size, "source_channel": size if nhwc else height * width * size,
         "source_width": width, "column_before": before,
         "row_table": tables[0].ctypes.data, "column_table": tables[1].ctypes.data,
     }  # fmt: skip
@@ -98,7 +101,7 @@ def _source(
 
 def _values(problem: ConvProblem, numeric: Numeric, config: WinogradWeightConfig, layout: _Layout, kernel: WinogradWeightKernel) -> dict[str, int]:
     """The argument block's values by name, but for the sources."""
-    lanes = numeric.lanes
+    lanes, size = numeric.lanes, numeric.memory_bytes
     vectors = -(-problem.c // lanes)
     panels = -(-vectors // config.vectors)
     return {
@@ -109,7 +112,7 @@ def _values(problem: ConvProblem, numeric: Numeric, config: WinogradWeightConfig
         "k_vectors": problem.k // lanes, "sum_pitch": layout.sum_pitch, "v_point": layout.v_point, "v_pitch": layout.v_pitch, "w_point": layout.w_point,
         "w_pitch": layout.w_pitch, "s_point": layout.s_point, "s_panel": layout.s_panel, "sums_at": 0, "partial_at": layout.partial_at,
         "partial_part": layout.partial_part, "partial_k": layout.partial_k, "partial_tap": layout.partial_tap,
-        "k_pitch": problem.c * 9 * _SIZE, "tap_pitch": problem.c * _SIZE, "channel_pitch": 9 * _SIZE if problem.weight_format == "nchw" else _SIZE,
+        "k_pitch": problem.c * 9 * size, "tap_pitch": problem.c * size, "channel_pitch": 9 * size if problem.weight_format == "nchw" else size,
         "scratch_at": layout.scratch_at, "scratch_size": layout.scratch_size, "w_at": layout.w_at, "s_at": layout.s_at,
         "block_sums_at": layout.block_sums_at, "strip_at": layout.strip_at,
     }  # fmt: skip

@@ -53,6 +53,7 @@ class WinogradWeightKernel:
     """
 
     target: Target
+    dtype: str
     m: int
     format: str
     weight_format: str
@@ -66,7 +67,7 @@ class WinogradWeightKernel:
     def name(self) -> str:
         flags = "".join(letter for letter, set_ in zip("n1b", (self.narrow, self.single, self.bias)) if set_)
         shape = f"{self.rows}x{self.vectors}{'_' + flags if flags else ''}"
-        return f"winograd_F{self.m}_grad_weight_{self.format}_w{self.weight_format}_{shape}_{self.target.isa}"
+        return f"winograd_F{self.m}_{self.dtype}_grad_weight_{self.format}_w{self.weight_format}_{shape}_{self.target.isa}"
 
     def emit(self) -> str:
         """The module's IR text; its entry point is ``entry``."""
@@ -96,13 +97,14 @@ class _Builder(Panels):
 
     def __init__(self, kernel: WinogradWeightKernel, module: Module) -> None:
         self.kernel, self.module = kernel, module
-        self.numeric = numeric = Numeric("f32", kernel.target)
+        self.numeric = numeric = Numeric(kernel.dtype, kernel.target)
+        partial = Numeric("f32", kernel.target)
         self.algorithm = F4 if kernel.m == 4 else F2
         self.points = self.algorithm.n**2
         self.input = emit_input(module, ARGUMENTS, numeric, self.algorithm, kernel.format)
         self.lift = emit_input(module, ARGUMENTS, numeric, self.algorithm, kernel.format, LIFT_SUMS if kernel.bias else LIFT)
         self.multiply = {v: emit_weight_multiply(module, numeric, self.points, kernel.rows, v) for v in self.widths}
-        self.reduce = emit_reduce(module, numeric, self.algorithm, kernel.weight_format if kernel.single else "nhwc")
+        self.reduce = emit_reduce(module, *((numeric, self.algorithm, kernel.weight_format) if kernel.single else (partial, self.algorithm, "nhwc")))
         self.sum_parts = None if kernel.single else emit_sum_parts(module, numeric, kernel.weight_format)
 
     def panel_start(self, f: Function, task: Task, index: Value) -> Value:
@@ -256,7 +258,8 @@ class _Builder(Panels):
                 source = task.workspace + task["sums_at"] + (start + k) * size
                 first = f.load(source, vector)
                 (total,) = f.loop(1, task["parts"], 1, lambda i, s: [f.fadd(s, f.load(source + i * task["sum_pitch"], vector))], [first])
-                f.store(total, task.operand("bias") + (start + channel_start(f, k, count, lanes)) * size)
+                place = task.operand("bias") + (start + channel_start(f, k, count, lanes)) * self.numeric.memory_bytes
+                self.numeric.store(f, total, place, lanes)
 
             f.loop(0, count, lanes, one)
 

@@ -15,7 +15,10 @@ _TAPS = 9
 
 
 def emit_reduce(module: Module, numeric: Numeric, algorithm: Algorithm, weight_format: str) -> Function:
-    """``reduce(s, out, channels, rows, s_point, s_pitch, k_pitch, tap_pitch)``: ``rows`` output channels by ``channels`` input channels (at least a vector)."""
+    """``reduce(s, out, channels, rows, s_point, s_pitch, k_pitch, tap_pitch)``: ``rows`` output channels by ``channels`` input channels (at least a vector).
+
+    ``numeric``: of what is written, as in :func:`emit_sum_parts`.
+    """
     names = ("channels", "rows", "s_point", "s_pitch", "k_pitch", "tap_pitch")
     f = module.function("reduce", [("ptr", "s"), ("ptr", "out"), *(("i64", n) for n in names)])
     n, lanes, size = algorithm.n, numeric.lanes, numeric.compute_bytes
@@ -63,10 +66,10 @@ def emit_sum_parts(module: Module, numeric: Numeric, weight_format: str) -> Func
 
 def _place(f: Function, numeric: Numeric, weight_format: str, taps: Sequence[Value], out: Value, channel: Value) -> None:
     """The taps of ``lanes`` input channels of one output channel, from ``channel`` on."""
-    lanes, size = numeric.lanes, numeric.compute_bytes
+    lanes, size = numeric.lanes, numeric.memory_bytes
     if weight_format == "nhwc":
         for tap, value in enumerate(taps):
-            f.store(value, out + f["tap_pitch"] * tap + channel * size)
+            numeric.store(f, value, out + f["tap_pitch"] * tap + channel * size, lanes)
         return
     place = out + channel * (_TAPS * size)
     done = 0
@@ -76,13 +79,9 @@ def _place(f: Function, numeric: Numeric, weight_format: str, taps: Sequence[Val
             mask = None if some == lanes else f.lane_mask(some, lanes)
             rows = [taps[done + j] if j < some else f.zero(numeric.vector) for j in range(lanes)]
             for lane, vector in enumerate(f.transpose(rows)):
-                target = place + (lane * _TAPS + done) * size
-                if mask is None:
-                    f.store(vector, target)
-                else:
-                    f.store_masked(vector, target, mask)
+                numeric.store(f, vector, place + (lane * _TAPS + done) * size, lanes, mask)
         else:
             for j in range(some):
                 for lane in range(lanes):
-                    f.store(f.extract(taps[done + j], lane), place + (lane * _TAPS + done + j) * size)
+                    numeric.store(f, f.extract(taps[done + j], lane), place + (lane * _TAPS + done + j) * size, 1)
         done += some

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from ..codegen.numeric import Numeric
 from ..problem import ConvProblem
 from .target import Target
 from .tiling import split_count, step_cycles
@@ -131,6 +132,6 @@ def predicted(problem: ConvProblem, target: Target, config: WinogradWeightConfig
 
 def direct_cycles(problem: ConvProblem, target: Target) -> float:
     """Cycles of direct convolution on one thread: products, slower with few vectors of output channels, and the way of its sums through memory."""
-    vectors = -(-problem.k // target.lanes("float"))
-    products = problem.n * problem.p * problem.q / 2 / (_DIRECT_EFFICIENCY * (1 - 0.25 / vectors))
+    vectors, numeric = -(-problem.k // target.lanes("float")), Numeric(problem.dtype, target)
+    products = numeric.elements(problem.n * problem.p * problem.q) / 2 / (_DIRECT_EFFICIENCY * (1 - 0.25 / vectors))
     return 9 * problem.c * vectors * (products + _DIRECT_WEIGHT_CYCLES)
