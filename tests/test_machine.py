@@ -11,11 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from faltung import config, dispatch
+import harness
+from faltung import config, dispatch, testing
 from faltung.cpu import machine as machines
 from faltung.cpu.geometry import multiplications
 from faltung.cpu.machine import CALL_SECONDS, FITTED, Floor, Machine
-from faltung.cpu.target import TARGETS, Rates, host_target
+from faltung.cpu.target import TARGETS, Rates, host_target, use_target
+from faltung.cpu.tiling import useful_threads
 from faltung.problem import ConvProblem
 
 REFERENCE = Machine(0.25e-9, FITTED["near"], FITTED["far"], FITTED["memory"], 40e9, FITTED["fork"] * 0.25e-9, 2)
@@ -116,6 +118,28 @@ def test_predictions_are_not_below_the_floor(monkeypatch: pytest.MonkeyPatch) ->
     assert machines.predicted_seconds(4000, 1, Floor(1e-9, "memory")) == pytest.approx(1e-6 + CALL_SECONDS)
     assert machines.predicted_seconds(4000, 1, Floor(1e-3, "memory")) == 1e-3 + CALL_SECONDS
     assert machines.predicted_seconds(4000, 2, Floor(1e-9, "memory")) == pytest.approx(1e-6 + CALL_SECONDS + REFERENCE.fork)
+
+
+def test_rates_change_no_bits() -> None:
+    slow = Rates(near=0.25, far=0.25, memory=0.25, fork=4.0)
+    texts = ("n2c64h14w14k96r3s3 p1", "n1c40h7w9k24r1s1", "n2c32h20w20k32r3s3 st2 p1", "grad_weight n2c32h14w14k32r3s3 p1", "grad_input n2c64h14w14k64r3s3 p1")
+    for text in texts:
+        problem = ConvProblem.parse(text)
+        inputs = testing.make_inputs(problem)
+        results, chosen = [], set()
+        for rates in (Rates(), slow):
+            with use_target(replace(host_target(), rates=rates)):
+                plan = dispatch.plan(problem, "cpu", 2)
+                chosen.add(plan.implementation)
+                results.append(harness.launch(plan, inputs))
+        assert len(chosen) == 1, text
+        assert harness.equal_bits(*results), text
+
+
+def test_slow_starts_keep_small_work_on_one_thread() -> None:
+    target = TARGETS["avx512"]
+    assert useful_threads(2, 30_000, target) == 2
+    assert useful_threads(2, 30_000, replace(target, rates=Rates(fork=4.0))) == 1
 
 
 def test_plans_tell_prediction_and_floor() -> None:

@@ -272,7 +272,7 @@ class Direct:
         target = targets.target()
         if config is None:
             config = choose_config(problem, target, threads)
-            if (useful := useful_threads(threads, config.cycles)) < threads:
+            if (useful := useful_threads(threads, config.cycles, target)) < threads:
                 threads, config = useful, choose_config(problem, target, useful)
         return build_plan(problem, target, threads, config, self.name)
 

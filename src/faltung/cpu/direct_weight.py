@@ -191,7 +191,7 @@ def build_plan(problem: ConvProblem, target: Target, threads: int, config: Weigh
     numeric = Numeric(problem.dtype, target)
     lanes, size = numeric.lanes, numeric.compute_bytes
     cycles = config.block.cycles * problem.r * (problem.s // config.columns) * problem.g * numeric.elements(problem.n * problem.p * problem.q)
-    threads = useful_threads(threads, cycles)
+    threads = useful_threads(threads, cycles, target)
     rows, columns = axes(problem, config.tile[1:], dense=problem.format == "nhwc" or config.columns > 1)
     c_blocks = -(-problem.cg // config.block_channels)
     last = problem.cg - (c_blocks - 1) * config.block_channels

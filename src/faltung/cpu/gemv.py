@@ -28,7 +28,7 @@ def choose_config(problem: ConvProblem, target: Target, threads: int) -> tuple[i
     numeric = Numeric(problem.dtype, target)
     pixels, rows, length = problem.n * problem.p * problem.q, problem.k, problem.c * problem.r * problem.s
     cycles = max(rows * length * numeric.memory_bytes / _CYCLE_BYTES, pixels * rows * length / numeric.lanes / 1.5)
-    threads = useful_threads(threads, cycles)
+    threads = useful_threads(threads, cycles, target)
     split, unit = (length, numeric.lanes) if problem.direction == "grad_input" else (rows, 8)
     tasks = 1 if threads == 1 else 2 * threads
     return threads, min(split, align(-(-split // tasks), unit)), cycles

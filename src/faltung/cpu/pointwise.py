@@ -65,7 +65,7 @@ class Pointwise:
                 # In nhwc pixels would be transposed for one use: 64 to 24 channels at 56x56 took 1.4 times as long so, 64 to 2 at 256x256 twice as long.
                 orientation = "channels" if problem.format == "nhwc" else None
                 config = choose_config(row, target, threads, orientation)
-                if (useful := useful_threads(threads, config.cycles)) < threads:
+                if (useful := useful_threads(threads, config.cycles, target)) < threads:
                     threads, config = useful, choose_config(row, target, useful, orientation)
             numeric = Numeric(problem.dtype, target)
             channels = problem.cg if problem.direction == "forward" else problem.kg

@@ -31,9 +31,9 @@ class Block:
     cycles: float
 
 
-def useful_threads(threads: int, cycles: float) -> int:
-    """Threads that pay for their start, of at most ``threads``, for work of ``cycles`` in all."""
-    return max(1, min(threads, int(cycles / _FORK_CYCLES)))
+def useful_threads(threads: int, cycles: float, target: Target) -> int:
+    """Threads that pay for their start on ``target``, of at most ``threads``, for work of ``cycles`` in all."""
+    return max(1, min(threads, int(cycles / (_FORK_CYCLES * target.rates.fork))))
 
 
 def split_count(total: int, size: int) -> tuple[int, int]:
