@@ -146,6 +146,8 @@ def test_plans_tell_prediction_and_floor() -> None:
     for text in (
         "n1c32h14w14k32r3s3 p1",
         "n1c32h14w14k32r1s1",
+        "n1c16h14w14k16r3s3 p1 g16",
+        "grad_weight n1c16h14w14k16r3s3 p1 g16",
         "grad_weight n1c32h14w14k32r3s3 st2 p1",
         "n1c32h14w14k32r3s3 p1 g4",
     ):

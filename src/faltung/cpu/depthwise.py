@@ -19,7 +19,7 @@ from ..codegen.numeric import Numeric
 from ..dispatch import Unsupported
 from ..problem import DTYPES, ConvProblem
 from . import target as targets
-from .depthwise_geometry import context_rows, lines
+from .depthwise_geometry import context_rows, lines, predicted_cycles
 from .depthwise_taps import Reach, emit_taps
 from .depthwise_tile import Lanes, emit_flush, emit_load, emit_load_planes, image_strides, inside, odd_lines
 from .depthwise_tiling import asks_ahead, edges, reach_of, tiling
@@ -423,5 +423,6 @@ def _plan_gather(name: str, problem: ConvProblem, threads: int) -> CpuPlan:
     if tile.planes:  # what is computed on lies in scratch
         values |= {"direct_at": cols.base * entry, "direct_pixel": cols.unit * entry, "out_row": cols.outputs * entry, "out_channel": entry}
     block = ARGUMENTS.pack(threads, values)
-    facts = {"tile": (tile.rows, tile.cols), "vectors": tile.vectors, "block": tile.block}
+    predicted = predicted_cycles(problem, numeric.lanes, threads)
+    facts = {"tile": (tile.rows, tile.cols), "vectors": tile.vectors, "block": tile.block, "predicted_cycles": predicted}
     return CpuPlan(problem, name, kernel, block, tuple(tables.values()), scratch_at + threads * scratch_bytes, facts)

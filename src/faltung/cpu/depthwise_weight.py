@@ -18,7 +18,7 @@ from ..codegen.load import load
 from ..codegen.numeric import Numeric
 from ..problem import DTYPES, ConvProblem
 from . import target as targets
-from .depthwise_geometry import Line, context_rows, lines
+from .depthwise_geometry import Line, context_rows, lines, predicted_cycles
 from .depthwise_products import Edges, Shape, emit_bias_sum, emit_products
 from .depthwise_tile import Lanes, emit_load, image_strides, inside, odd_lines
 from .plan import CpuPlan
@@ -399,4 +399,5 @@ def plan_weight(name: str, problem: ConvProblem, threads: int) -> CpuPlan:
     }  # fmt: skip
     values |= x | strides | {"source_at": cols.base * x["source_channel"], "source_pixel": cols.unit * x["source_channel"]}
     facts = {"tile": (tile.rows, tile.cols), "strip": tile.strip, "vectors": tile.vectors, "slices": slices, "block": shape.name}
+    facts["predicted_cycles"] = predicted_cycles(problem, numeric.lanes, threads)
     return CpuPlan(problem, name, kernel, ARGUMENTS.pack(threads, values), tuple(tables.values()), scratch_at + threads * scratch_bytes, facts)
