@@ -47,7 +47,7 @@ def _odd(rng: random.Random, shape: tuple[int, ...], dtype: torch.dtype) -> Tens
     return torch.randint(-2, 3, (2000,)).to(dtype).as_strided(shape, [rng.choice([0, 1, 2, 3, 5, 8, 40]) for _ in shape])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 def test_strides_and_values_of_odd_operands(dtype: torch.dtype) -> None:
     rng = random.Random(11)
     empty = last = unbatched = 0

@@ -75,12 +75,12 @@ def result_format(
     return "nhwc" if "nhwc" in (_after_copy(input_shape, input_strides), _after_copy(weight_shape, weight_strides)) else "nchw"
 
 
-def joined_format(shape: Sequence[int], fmt: Format, *, dtype: str, groups: int) -> Format:
+def joined_format(shape: Sequence[int], fmt: Format, *, by_groups: bool, groups: int) -> Format:
     """The format in which a result (n, k, p, q) or (k, p, q) is allocated, where :func:`result_format` gave ``fmt``.
 
-    PyTorch joins a float64 result from one tensor a group, and tensors (n, 1, 1, 1) join to a row-major one.
+    ``by_groups``: PyTorch joins the results of this type from one tensor a group, and tensors (n, 1, 1, 1) join to a row-major one.
     """
-    return "nchw" if dtype == "f64" and groups > 1 and shape[-3] == groups and shape[-2] == 1 and shape[-1] == 1 else fmt
+    return "nchw" if by_groups and groups > 1 and shape[-3] == groups and shape[-2] == 1 and shape[-1] == 1 else fmt
 
 
 def _after_copy(shape: Sequence[int], strides: Sequence[int]) -> Format:

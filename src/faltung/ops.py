@@ -18,7 +18,7 @@ from torch.autograd.function import _SingleLevelFunction
 
 from . import layout
 from .arguments import Arguments, check, output_size
-from .prepared import DTYPE_NAMES, Prepared, choose_weight_format, empty_output, prepare, prepared, require_engine
+from .prepared import DTYPE_NAMES, Prepared, choose_weight_format, empty_output, joined_by_groups, prepare, prepared, require_engine
 from .problem import Format
 
 __all__ = ["Convolution", "autocast_to", "check_types", "forward", "grad_input", "grad_weight"]
@@ -183,7 +183,7 @@ def _new(like: Tensor, shape: Sequence[int], fmt: Format) -> Tensor:
 
 
 def _new_result(like: Tensor, shape: Sequence[int], fmt: Format, groups: int) -> Tensor:
-    return _new(like, shape, layout.joined_format(shape, fmt, dtype=DTYPE_NAMES[like.dtype], groups=groups))
+    return _new(like, shape, layout.joined_format(shape, fmt, by_groups=joined_by_groups(like.dtype, like.device), groups=groups))
 
 
 def _forward_fake(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:

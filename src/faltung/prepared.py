@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any, TypeVar
 
 import torch
@@ -25,6 +26,7 @@ __all__ = [
     "dense",
     "engine_for",
     "has_engine",
+    "joined_by_groups",
     "kind_of",
     "prepare",
     "prepared",
@@ -120,6 +122,19 @@ def choose_weight_format(shape: Sequence[int], strides: Sequence[int], fmt: Form
     return "nhwc" if layout.is_dense(shape, strides, "nhwc") else fmt
 
 
+@lru_cache(maxsize=64)
+def joined_by_groups(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether PyTorch computes a grouped convolution of this type group by group and joins the results.
+
+    float64 everywhere; on a CPU also the types of 16 bits where its oneDNN has no kernels for them on this processor (bfloat16 without AVX-512, say).
+    """
+    if device.type == "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return dtype == torch.float64
+    if not torch.backends.mkldnn.is_available():
+        return True
+    return not (torch.ops.mkldnn._is_mkldnn_bf16_supported() if dtype == torch.bfloat16 else torch.ops.mkldnn._is_mkldnn_fp16_supported())
+
+
 def dense(tensor: Tensor, fmt: Format) -> Tensor:
     """``tensor`` (three or four dimensions) with its elements in memory in this format's order: itself where they are."""
     if tensor.numel() == 1:
@@ -205,7 +220,9 @@ class Prepared:
         return self._plan(direction, bias).launch
 
     def _strides_of_result(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        return layout.strides_of(shape, layout.joined_format(shape, self.problem.format, dtype=self.problem.dtype, groups=self.problem.g))
+        return layout.strides_of(
+            shape, layout.joined_format(shape, self.problem.format, by_groups=joined_by_groups(self.dtype, self.device), groups=self.problem.g)
+        )
 
     def _allocate(self, shape: tuple[int, ...], strides: tuple[int, ...]) -> Tensor:
         tensor = _empty_strided_cpu(shape, strides, self.dtype)

@@ -212,7 +212,7 @@ class _Search:
         k_blocks = 1
         if self.orientation == "channels":
             costs = {"row_cycles": _PAIR_ROW_CYCLES, "latency": _PAIR_LATENCY} if self.pairs else {"row_cycles": 0.0 if nchw else _ROW_CYCLES}
-            block = choose_block(self.target, columns.counts, self.out_vectors, 192, round_vectors=False, **costs)
+            block = choose_block(self.target, columns.counts, self.out_vectors, 192, round_vectors=False, piece=self.chunk, **costs)
             # The block was chosen for the distinct counts of columns; a row of a tile has the mean one.
             per_step = block.cycles * (self.column_count / columns.tiles) / sum(columns.counts) * mean_rows
             store = mean_rows * columns.tile * self.phases * self.out_vectors * (2.0 if nchw else 0.5)

@@ -82,11 +82,11 @@ def choose_config(problem: ConvProblem, target: Target) -> WeightConfig:
     while last <= 0:
         c_blocks -= 1
         last = problem.cg - (c_blocks - 1) * channels
-    block = choose_block(target, tuple(sorted({channels, last})), vectors, _CHUNK_PIXELS, round_vectors=False, row_cycles=_ROW_CYCLES)
+    block = choose_block(target, tuple(sorted({channels, last})), vectors, _CHUNK_PIXELS, round_vectors=False, row_cycles=_ROW_CYCLES, piece=_CHUNK_PIXELS)
     columns = 1
     if c_blocks == 1 and _joins(problem, numeric):
         # A pass over all column taps at once; with few input channels it has more accumulators, whose additions do not wait for each other.
-        joined = choose_block(target, (problem.s * channels,), vectors, _CHUNK_PIXELS, round_vectors=False, row_cycles=_ROW_CYCLES)
+        joined = choose_block(target, (problem.s * channels,), vectors, _CHUNK_PIXELS, round_vectors=False, row_cycles=_ROW_CYCLES, piece=_CHUNK_PIXELS)
         whole = problem.format == "nhwc" or joined.rows == problem.s * channels
         if whole and joined.cycles < 0.9 * problem.s * block.cycles:
             block, columns = joined, problem.s

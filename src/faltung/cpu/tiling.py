@@ -19,6 +19,7 @@ __all__ = ["Block", "choose_block", "least_cycles", "split", "split_count", "til
 _CALL_CYCLES = 40.0
 _LATENCY = 4.0
 _MOST_VECTORS = 4
+_STREAM_CYCLES = 1.43  # of a panel's vector from the second-level cache: 22 of 32 bytes a cycle with AVX2
 _FORK_CYCLES = 12_000  # about 3 us: a fork and join costs a third of that, and more where the threads have gone to sleep
 
 
@@ -54,19 +55,26 @@ def step_cycles(rows: int, vectors: int, latency: float = _LATENCY) -> float:
 
 
 @lru_cache(maxsize=64)
-def _step_costs(chunk: int, row_cycles: float, latency: float) -> dict[tuple[int, int], float]:
-    """Cycles of one step of the reduction for every ``(rows, vectors)`` of a micro-kernel, a call's share included."""
+def _step_costs(chunk: int, row_cycles: float, latency: float, near: int) -> dict[tuple[int, int], float]:
+    """Cycles of one step of the reduction for every ``(rows, vectors)`` of a micro-kernel, a call's share included.
+
+    ``near``: so many vectors of a panel stay in the first-level cache; more stream from the second, beside the multiply-adds.
+    """
     return {
-        (rows, vectors): step_cycles(rows, vectors, latency) + row_cycles * rows + (_CALL_CYCLES + 2.0 * rows * vectors) / chunk
+        (rows, vectors): max(step_cycles(rows, vectors, latency), _STREAM_CYCLES * vectors if vectors > near else 0.0)
+        + row_cycles * rows
+        + (_CALL_CYCLES + 2.0 * rows * vectors) / chunk
         for rows in range(1, largest_rows(1, 1 << 10, fma=True) + 1)
         for vectors in range(1, _MOST_VECTORS + 1)
     }
 
 
 @lru_cache(maxsize=512)
-def _row_costs(target: Target, row_totals: tuple[int, ...], chunk: int, row_cycles: float, latency: float) -> tuple[tuple[tuple[int, float, float], ...], ...]:
+def _row_costs(
+    target: Target, row_totals: tuple[int, ...], chunk: int, row_cycles: float, latency: float, piece: int
+) -> tuple[tuple[tuple[int, float, float], ...], ...]:
     """For 1, 2, ... vectors: each number of rows that splits ``row_totals``, with the cycles of all rows by that many vectors and by one fewer."""
-    cost = _step_costs(chunk, row_cycles, latency)
+    cost = _step_costs(chunk, row_cycles, latency, target.l1 * 5 // 8 // (piece * target.vector_bytes) if piece else _MOST_VECTORS)
     pieces: dict[int, list[float]] = {}
     for rows in range(1, largest_rows(1, target.registers, target.fma) + 1):
         counts = [split_count(total, rows) for total in row_totals]
@@ -86,14 +94,23 @@ def _row_costs(target: Target, row_totals: tuple[int, ...], chunk: int, row_cycl
 
 @lru_cache(maxsize=4096)
 def choose_block(
-    target: Target, row_totals: tuple[int, ...], vector_total: int, chunk: int, *, round_vectors: bool, row_cycles: float = 0.0, latency: float = _LATENCY
+    target: Target,
+    row_totals: tuple[int, ...],
+    vector_total: int,
+    chunk: int,
+    *,
+    round_vectors: bool,
+    row_cycles: float = 0.0,
+    latency: float = _LATENCY,
+    piece: int = 0,
 ) -> Block:
     """The block that passes over ``row_totals`` rows (each split into pieces of its own) and ``vector_total`` vectors in the fewest cycles.
 
     ``row_cycles``: what reading a row costs in a step, beside the load; ``latency`` of a multiply-add.  ``round_vectors``: the last piece of vectors
-    may run over the end (into scratch), so every count of vectors can be split.
+    may run over the end (into scratch), so every count of vectors can be split.  ``piece``: steps of a panel that every block of rows reads
+    again, where vectors are a panel's: as long as they fit, from the first-level cache.
     """
-    costs = _row_costs(target, row_totals, chunk, row_cycles, latency)
+    costs = _row_costs(target, row_totals, chunk, row_cycles, latency, piece)
     least, rows, vectors = math.inf, 0, 0
     for v in range(1, min(_MOST_VECTORS, vector_total) + 1):
         wide, narrow = split_count(vector_total, v)
@@ -114,7 +131,7 @@ def choose_block(
 @lru_cache(maxsize=512)
 def least_cycles(target: Target, row_totals: tuple[int, ...], chunk: int) -> float:
     """What :func:`choose_block` predicts at least for each of its vectors: cheap, for ruling out tiles."""
-    return min(of_wide / (v + 1) for v, costs in enumerate(_row_costs(target, row_totals, chunk, 0.0, _LATENCY)) for _, of_wide, _ in costs)
+    return min(of_wide / (v + 1) for v, costs in enumerate(_row_costs(target, row_totals, chunk, 0.0, _LATENCY, 0)) for _, of_wide, _ in costs)
 
 
 def tile_candidates(count: int) -> Iterator[int]:

@@ -165,7 +165,7 @@ class _Builder(Panels):
         """All channels, or ``count`` from ``channel`` on."""
         block, source = f.to_pointer(f.load(f["context"])), task.operand("source")
         if channel is not None:
-            source = source + channel * (self.numeric.compute_bytes if self.kernel.format == "nhwc" else task["source_channel"])
+            source = source + channel * (self.numeric.memory_bytes if self.kernel.format == "nhwc" else task["source_channel"])
         f.call(self.input, [block, source, v, scratch, first, last, task["source_channels"] if count is None else count, task["v_point"], task["v_pitch"]])
 
     def scratch(self, task: Task) -> tuple[Value, Value, Value]:
