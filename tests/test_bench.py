@@ -151,7 +151,7 @@ def test_operands_lie_in_the_problems_format():
 
 def test_error_sees_one_wrong_element_and_what_is_no_number():
     exact = torch.randn(1000, 1000, dtype=torch.float64)
-    truth = Truth((exact,), "float64")
+    truth = Truth((exact,), ((1000, 1000),))
     assert error_of([exact], truth) == 0.0
     for dtype, limit in LIMITS.items():
         assert error_of([exact.to(TORCH_DTYPES[dtype])], truth) < limit
@@ -186,12 +186,26 @@ def test_all_means_every_network_with_each_layer_once():
     assert {layer.suite for layer in layers} >= {"vgg16", "resnet50", "unet", "replknet31b"}
 
 
-def test_reference_of_a_huge_problem_is_stock_and_says_so():
-    operands = make_operands(ConvProblem.parse(SMALL))
-    assert truth_of(operands).source == "float64"
-    truth = truth_of(operands, 0.0)
-    assert truth.source == "stock"
-    assert error_of(stock_call(operands)(), truth) == 0.0
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("layer", ["n2c12h9w8k20r3s3 p1 bias", "n2c12h9w8k24r3s2 st2 g6 bias", "n1c10h7w7k20r3s3 p1 g10 bias"])
+def test_reference_of_a_huge_problem_is_of_some_channels_and_says_so(layer, direction):
+    problem = ConvProblem.parse(layer)
+    operands = make_operands(problem.with_direction(direction, bias=direction != "grad_input"))
+    whole, some = truth_of(operands), truth_of(operands, 0.0)
+    assert (whole.source, some.source) == ("float64", "float64 (some channels)")
+    result = [t.clone() for t in stock_call(operands)()]
+    assert 0 < error_of(result, some) <= 1e-6
+    first, last, size = int(some.channels[0]), int(some.channels[-1]), result[0].shape[some.axis]
+    assert (first, last) == (0, size - 1)
+    assert len(some.channels) < size
+    for tensor in result:  # each of the last channels is looked at, and a number that is none anywhere
+        broken = [t.clone() for t in result]
+        place = next(i for i, t in enumerate(result) if t is tensor)
+        broken[place].select(some.axis, size - 1).add_(1.0)
+        assert error_of(broken, some) > 1e-3
+        broken[place] = tensor.clone()
+        broken[place].select(some.axis, size // 2).fill_(math.nan)
+        assert error_of(broken, some) == math.inf
 
 
 def test_rows_of_a_right_result_have_times():

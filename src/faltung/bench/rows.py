@@ -39,7 +39,7 @@ class Row:
     """One provider on one problem in one format.
 
     ``status``: ``ok``, ``wrong`` for a result outside ``bound``, ``refused`` where no implementation takes the problem; the last two have no time
-    (NaN).  ``error`` is relative, to float64 or to stock, as ``reference`` says.  Times are seconds.
+    (NaN).  ``error`` is relative to float64, of the whole result or of some channels, as ``reference`` says.  Times are seconds.
     """
 
     suite: str

@@ -39,7 +39,7 @@ def bench(
     peers: Annotated[str, typer.Option(help="compile, onnxruntime, openvino, or all; forward float32 only", show_default=False)] = "",
     threads: Annotated[int | None, typer.Option(help="threads of every engine; PyTorch's own number where left out", min=1, show_default=False)] = None,
     budget: Annotated[float, typer.Option(help="seconds of measuring for each contender of a row", min=0.0)] = 0.3,
-    reference: Annotated[float, typer.Option(help="longest estimated time of a float64 reference; beyond it stock PyTorch's result stands in", min=0.0)] = 4.0,
+    reference: Annotated[float, typer.Option(help="longest estimated time of a float64 reference; beyond it some channels are compared", min=0.0)] = 4.0,
     csv: Annotated[Path | None, typer.Option(help="file for the rows", show_default=False)] = None,
 ) -> None:
     """Time layers on faltung and on PyTorch, in turns in one process, after checking each result.
