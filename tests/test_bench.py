@@ -334,13 +334,13 @@ def test_report_replaces_the_marked_part_and_shows_losses(tmp_path):
     assert text.endswith(f"\n{report.END}\nafter\n")
     assert "old" not in text
     assert "| f32 8x64x56x56 to 64, 3x3 | 3.00x (2 ms) |" in text
-    assert "](plots/ratios.png)" in text
+    assert f"](plots/ratios-{HERE.isa}.png)" in text
     assert "| all | 1 | 3.00 | 0.50 | 0 |" in text
     assert "Forward against onnxruntime 1.2.3, each in its best format: 2.00x on 1 rows, slower on 0; least 2.00x." in text
     assert "Forward against the best of these and stock PyTorch, each in its best format: 0.50x on 1 rows, slower on 1; least 0.50x." in text
     slower = [replace(row, median=0.01) if row.provider == "faltung" else row for row in make_rows()]
     assert "**0.60x (10 ms)**" in report.layer_grid(slower)[-1]
-    for name in ("ratios.png", "roofline.png"):
+    for name in (f"ratios-{HERE.isa}.png", f"roofline-{HERE.isa}.png"):
         assert (tmp_path / "plots" / name).stat().st_size > 10_000
     with pytest.raises(ValueError, match="benchmark: begin"):
         report.insert(tmp_path / "rows.csv", "")
@@ -353,12 +353,25 @@ def test_report_sums_up_the_other_suites(tmp_path):
     frozen = replace(slow[0], provider=FROZEN, median=0.001)
     write_csv(tmp_path / "rows.csv", [*make_rows(), *slow, frozen])
     report.report([tmp_path / "rows.csv"], readme=None, docs=document, plots=None, suite="baselines")
-    first, second = document.read_text().split("## Every network")
+    first, second = document.read_text().split("### Every network")
     assert "| baselines | dense |" in first
     assert "unet" not in first
     assert "| unet | 1 | 0.75 |  |  |  |  |  | 1 |" in second
     assert "| **0.75** | `forward f32 nchw n8c64h56w56k64r3s3 p1` | direct | 16 ms | 1e-07 |" in second
     assert "stock PyTorch, each in its best format: 2.00x on 1 rows" in second  # of the frozen weights
+
+
+def test_report_keeps_instruction_sets_apart(tmp_path):
+    document = tmp_path / "README.md"
+    document.write_text(f"{report.BEGIN}\n{report.END}\n")
+    other = [replace(row, isa="sse2", time="2026-01-02T00:00:00Z", median=row.median * (2 if row.provider == "stock" else 1)) for row in make_rows()]
+    write_csv(tmp_path / "a.csv", make_rows())
+    write_csv(tmp_path / "b.csv", other)
+    report.report([tmp_path / "a.csv", tmp_path / "b.csv"], readme=document, docs=None, plots=None, suite="baselines")
+    first, second = document.read_text().split("### sse2")
+    assert f"### {HERE.isa}" in first
+    assert "| f32 8x64x56x56 to 64, 3x3 | 3.00x (2 ms) |" in first
+    assert "| f32 8x64x56x56 to 64, 3x3 | 6.00x (2 ms) |" in second
 
 
 def test_documents_have_the_reports_markers():

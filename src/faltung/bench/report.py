@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -33,34 +33,53 @@ def report(
     docs: Annotated[
         Path | None, typer.Option(help="document whose marked part becomes the table of every row of that suite, and a summary of the others")
     ] = None,
-    plots: Annotated[Path | None, typer.Option(help="folder for ratios.png and roofline.png")] = None,
+    plots: Annotated[Path | None, typer.Option(help="folder for the pictures")] = None,
     suite: Annotated[str, typer.Option(help="the suite of the README's table")] = "baselines",
 ) -> None:
-    """Write tables into documents, and plots."""
+    """Write tables into documents, and plots: a part for each instruction set that was measured."""
     rows = [row for file in files for row in read_csv(file)]
+    machines = _by_machine(rows)
     if readme is not None:
-        chosen = [row for row in rows if row.suite == suite] or rows
-        insert(readme, "\n".join([*summary_lines(chosen), "", *layer_grid(chosen), *_pictures(readme, plots)]))
+        insert(readme, _joined(_readme_part(part, suite, _pictures(readme, plots, isa)) for isa, part in machines.items()))
     if docs is not None:
-        chosen = [row for row in rows if row.suite == suite] or rows
-        rest = [row for row in rows if row.suite != suite] if len(chosen) < len(rows) else []
-        parts = [*summary_lines(chosen), *_pictures(docs, plots), "", *detail_table(chosen)]
-        if rest:
-            parts += ["", "## Every network", "", *summary_lines(rest), "", *suite_table(rest), "", "### Slower than PyTorch", "", *loss_table(rest)]
-        insert(docs, "\n".join(parts))
+        insert(docs, _joined(_docs_part(part, suite, _pictures(docs, plots, isa)) for isa, part in machines.items()))
     if plots is not None:
         from .plots import ratios, roofline
 
-        ratios(rows, plots / "ratios.png")
-        roofline(rows, plots / "roofline.png")
+        for isa, part in machines.items():
+            ratios(part, plots / f"ratios-{isa}.png")
+            roofline(part, plots / f"roofline-{isa}.png")
 
 
-def _pictures(document: Path, plots: Path | None) -> list[str]:
+def _by_machine(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Rows by instruction set, in the order of the files: times of two machines do not belong into one mean."""
+    return {isa: [row for row in rows if row.isa == isa] for isa in dict.fromkeys(row.isa for row in rows)}
+
+
+def _joined(parts: Iterable[Sequence[str]]) -> str:
+    return "\n\n".join("\n".join(part) for part in parts) or "Nothing was measured yet."
+
+
+def _readme_part(rows: Sequence[Row], suite: str, pictures: Sequence[str]) -> list[str]:
+    chosen = [row for row in rows if row.suite == suite] or rows
+    return [f"### {rows[0].isa}", "", *summary_lines(chosen), "", *layer_grid(chosen), *pictures]
+
+
+def _docs_part(rows: Sequence[Row], suite: str, pictures: Sequence[str]) -> list[str]:
+    chosen = [row for row in rows if row.suite == suite] or rows
+    rest = [row for row in rows if row.suite != suite] if len(chosen) < len(rows) else []
+    parts = [f"## {rows[0].isa}", "", *summary_lines(chosen), *pictures, "", *detail_table(chosen)]
+    if rest:
+        parts += ["", "### Every network", "", *summary_lines(rest), "", *suite_table(rest), "", "#### Slower than PyTorch", "", *loss_table(rest)]
+    return parts
+
+
+def _pictures(document: Path, plots: Path | None, isa: str) -> list[str]:
     if plots is None:
         return []
     folder = os.path.relpath(plots, document.parent)
     ratios_title, roof_title = "Stock PyTorch's time over faltung's, every row, sorted", "GFLOP/s against flops a byte, float32"
-    return ["", f"![{ratios_title}]({folder}/ratios.png)", "", f"![{roof_title}]({folder}/roofline.png)"]
+    return ["", f"![{ratios_title}]({folder}/ratios-{isa}.png)", "", f"![{roof_title}]({folder}/roofline-{isa}.png)"]
 
 
 def insert(document: Path, text: str) -> None:
@@ -74,8 +93,6 @@ def insert(document: Path, text: str) -> None:
 
 def summary_lines(rows: Sequence[Row]) -> list[str]:
     """Where it was measured, and geometric means with the number of losses, by element type, direction and format."""
-    if not rows:
-        return ["Nothing was measured yet."]
     machines = sorted(
         {f"{r.device} ({r.isa}), {r.threads} threads, torch {r.torch}, faltung {r.faltung}{f' ({r.commit})' if r.commit else ''}, {r.time[:10]}" for r in rows}
     )
