@@ -13,6 +13,7 @@ from .target import Target
 __all__ = ["Tiling", "asks_ahead", "edges", "reach_of", "tiling"]
 
 _PLANE_COLUMNS = 32  # of a row from which on it is transposed by itself
+_LINE = 64  # bytes
 _FAR_BYTES, _NEAR_BYTES = 20 << 20, 8 << 20  # of a source whose rows are asked for ahead, at stride 2 and at stride 1
 
 
@@ -63,9 +64,7 @@ def tiling(problem: ConvProblem, lanes: Lanes, lines_: tuple[Line, Line], target
         tile_cols = -(-tile_cols // 2)
     vectors = 1
     if lanes.format == "nhwc" and lanes.kind == "same":
-        # Whole cache lines side by side in memory: with 8 of them the hardware prefetches well.  A strided gradient's results are written in phases, every
-        # second pixel at a time: whole rows of up to 32 of them (512 and 1024 channels at 28x28 and 14x14 take 0.6 of the time that 8 take).
-        vectors = max(1, min(total, 32 if direct and cols.output_step > 1 else 8, budget // ((cols.length(tile_cols)) * ring)))
+        vectors = max(1, min(total, _most_vectors(lanes, rows, cols, target, direct), budget // ((cols.length(tile_cols)) * ring)))
         vectors = -(-total // -(-total // vectors))
     others = problem.n * -(-total // vectors) * -(-cols.count // tile_cols)
     pieces = 1
@@ -75,6 +74,19 @@ def tiling(problem: ConvProblem, lanes: Lanes, lines_: tuple[Line, Line], target
     widths = [last - first for first, last in map(cols.direct, cols.phases)] if direct else [phase.count for phase in cols.phases]
     block = whole or block_pixels(target, min((width for width in widths if width), default=1), columns)
     return Tiling(-(-rows.count // pieces), tile_cols, vectors, block, direct, bool(whole), abreast if whole else 1)
+
+
+def _most_vectors(lanes: Lanes, rows: Line, cols: Line, target: Target, direct: bool) -> int:
+    """Vectors side by side in memory that a task of nhwc takes.
+
+    With 8 of them the hardware sees a stream.  A strided gradient's results are written in phases, every second pixel at a time: whole rows of up to 32
+    (512 and 1024 channels at 28x28 and 14x14 take 0.6 of the time that 8 take).  Vectors of half a cache line (AVX2) want whole pixels: 3x3 kernels are 5 to
+    28 % faster with 64 than with 8, but 5x5 and 7x7, whose weights then leave the first-level cache, up to 15 % slower.
+    """
+    taps = max(len(phase.taps) for phase in rows.phases) * max(len(phase.taps) for phase in cols.phases)
+    if target.vector_bytes < _LINE and 64 * taps * lanes.entry_bytes <= target.l1 and not lanes.numeric.converts:
+        return 64
+    return 32 if direct and cols.output_step > 1 else 8
 
 
 def reach_of(cols: Line, phase: LinePhase, block: int) -> Reach:
