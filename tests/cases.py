@@ -50,6 +50,8 @@ CASES: dict[str, tuple[str, ...]] = {
         "n7c1h5w5k2r2s2",
         "n2c5h3w130k6r3s3 p1",
         "n1c3h130w3k6r3s3 p1",
+        *(f"n2c{size + 2}h1w{size}k19r1s1" for size in (3, 5, 6, 7, 11, 12, 13, 49)),  # rows of pixels of 1x1 layers, in blocks of 4 and 6
+        "n1c193h3w17k33r1s1",
     ),
     "kernels": (
         "n1c3h7w9k4r1s3 p0x1",
@@ -209,6 +211,7 @@ TARGET_CASES: tuple[str, ...] = (
     "n2c5h9w17k37r3s3 p1",
     "n1c3h16w33k16r7s7 st2 p3",
     "n1c9h8w9k10r1s1",
+    "n2c65h5w11k40r1s1",
     "n1c5h9w11k7r3s3 st3x2 p1 d2",
     "n1c3h5w6k4r3s3 p1,2,0,1 reflect",
     "n1c6h6w7k10r3s3 p1 g2",

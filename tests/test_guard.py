@@ -23,6 +23,7 @@ EDGES = (
     "n1c15h3w16k17r3s3 p1",
     "n1c17h3w5k15r3s3 p0,1,1,0",
     "n2c9h5w7k10r1s1",
+    "n1c9h5w10k40r1s1",
     "n1c4h9w33k5r3s3 st2 p1",
     "n1c4h9w19k5r3s3 st3x4 p1",
     "n1c3h9w34k3r2s3 st2 d1x3",

@@ -126,6 +126,7 @@ class Function:
         self._entry: list[str] = []
         self._count = 0
         self.block = "entry"
+        self._mask_counts: dict[str, Value] = {}
         self._parameters = list(parameters)
         self.arguments = {n: Value(self, f"%{n}", t) for t, n in parameters}
 
@@ -226,7 +227,13 @@ class Function:
     def lane_mask(self, count: Scalar, lanes: int) -> Value:
         """The mask of the first ``count`` lanes (none where it is 0 or negative, all where it is ``lanes`` or more)."""
         numbers = "<" + ", ".join(f"i64 {i}" for i in range(lanes)) + ">"
-        return self.define(vector_type("i1", lanes), f"icmp sgt <{lanes} x i64> {self.splat(self.value(count), lanes).text}, {numbers}")
+        mask = self.define(vector_type("i1", lanes), f"icmp sgt <{lanes} x i64> {self.splat(self.value(count), lanes).text}, {numbers}")
+        self._mask_counts[mask.text] = self.value(count)
+        return mask
+
+    def mask_count(self, mask: Value) -> Value:
+        """What :meth:`lane_mask` made a mask of."""
+        return self._mask_counts[mask.text]
 
     def load_masked(self, pointer: Value, mask: Value, type_: str) -> Value:
         """Lanes of the mask from memory, zero elsewhere; memory behind the other lanes is not touched."""
@@ -405,6 +412,17 @@ class Function:
         no()
         self.line(f"br label %{after}")
         self._start(after)
+
+    def choose(self, condition: Value, yes: Callable[[], Value], no: Callable[[], Value]) -> Value:
+        """The value of one of two pieces of code."""
+        found: list[tuple[Value, str]] = []
+
+        def keep(make: Callable[[], Value]) -> Callable[[], None]:
+            return lambda: found.append((make(), self.block))
+
+        self.branch(condition, keep(yes), keep(no))
+        ways = ", ".join(f"[ {value.text}, %{block} ]" for value, block in found)
+        return self.define(found[0][0].type, f"phi {found[0][0].type} {ways}")
 
     def ret(self, value: Value | None = None) -> None:
         self.line("ret void" if value is None else f"ret {value}")

@@ -65,15 +65,26 @@ class Numeric:
     def load(self, f: Function, pointer: Value, lanes: int, mask: Value | None = None) -> Value:
         """``lanes`` elements in the compute type; lanes outside the mask are zero."""
         type_ = vector_type(self.memory, lanes)
-        raw = f.load(pointer, type_) if mask is None else f.load_masked(pointer, mask, type_)
+        if mask is None:
+            raw = f.load(pointer, type_)
+        elif self.target.masks or (self.target.vector_bytes >= 32 and not self.converts):
+            raw = f.load_masked(pointer, mask, type_)
+        else:  # lane by lane, in branches: most vectors are whole
+            raw = f.choose(f.mask_count(mask) >= lanes, lambda: f.load(pointer, type_), lambda: f.load_masked(pointer, mask, type_))
         return self.widen(f, raw, lanes)
 
     def store(self, f: Function, value: Value, pointer: Value, lanes: int, mask: Value | None = None) -> None:
         raw = self.narrow(f, value, lanes)
+        self.put(f, raw, pointer, lanes, mask)
+
+    def put(self, f: Function, raw: Value, pointer: Value, lanes: int, mask: Value | None = None) -> None:
+        """Store ``lanes`` elements of any type as they are."""
         if mask is None:
             f.store(raw, pointer)
-        else:
+        elif self.target.masks:
             f.store_masked(raw, pointer, mask)
+        else:  # AVX2 has masked stores of 32 bits, of a dozen cycles; narrower ones go lane by lane
+            f.branch(f.mask_count(mask) >= lanes, lambda: f.store(raw, pointer), lambda: f.store_masked(raw, pointer, mask))
 
     def widen(self, f: Function, raw: Value, lanes: int) -> Value:
         """From the memory type to the compute type (exact)."""

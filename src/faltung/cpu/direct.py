@@ -289,7 +289,7 @@ def build_plan(problem: ConvProblem, target: Target, threads: int, config: Direc
     size = numeric.compute_bytes
     # Where the source is read in place, the tile's pixels are as far apart as its channels are many, those of other groups included.
     channels = numeric.elements(roles.source_channels) * (1 if config.packed else problem.g)
-    tile = Tile(rows, columns, config.layout, channels, size, pitches(problem, roles.forward), config.packed)
+    tile = Tile(rows, columns, config.layout, channels, size, pitches(problem, roles.forward), config.packed, config.block.rows)
     layout = _Layout(roles, numeric, config, kernel, tile, len(columns.phases))
     phases = _Phases(problem, roles, numeric, layout, tile, rows, columns)
     values = _values(problem, roles, numeric, config, layout, tile, phases, rows, columns)

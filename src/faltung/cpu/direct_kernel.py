@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from ..codegen.emit import Function, Module, Value
+from ..codegen.emit import Function, Module, Value, vector_type
 from ..codegen.entry import ArgumentBlock, Task, emit_entry
 from ..codegen.numeric import Numeric
 from .bfloat import Rounded, emit_pack_pairs
@@ -25,6 +25,7 @@ from .micro import Micro, call_micro, emit_micro
 from .pack import TILE_ARGUMENTS, emit_pack_panel, emit_pack_tile
 from .store import emit_store_panel, emit_store_plane
 from .target import Target
+from .tile import block_room
 
 __all__ = ["ARGUMENTS", "PHASE_FIELDS", "DirectKernel"]
 
@@ -103,7 +104,9 @@ class _Builder:
         self.kernel, self.module, self.numeric = kernel, module, numeric
         self.pack_panel = emit_pack_pairs(module, numeric) if numeric.pairs else emit_pack_panel(module, numeric, apart=kernel.apart)
         self.stored = Rounded(numeric.dtype, numeric.target) if numeric.pairs else numeric
-        self.pack_tile = emit_pack_tile(module, ARGUMENTS, numeric, kernel.format, kernel.layout, kernel.step, spread=kernel.spread) if kernel.packed else None
+        self.pack_tile = None
+        if kernel.packed and kernel.layout != "blocked":
+            self.pack_tile = emit_pack_tile(module, ARGUMENTS, numeric, kernel.format, kernel.layout, kernel.step, spread=kernel.spread)
 
     @property
     def widths(self) -> tuple[int, int]:
@@ -160,7 +163,10 @@ class _Builder:
             t["p0"], index = (index % task["p_tiles"]) * task["tile_p"], index // task["p_tiles"]
             t["group"], t["image"] = index % task["groups"], index // task["groups"]
             source = task.operand("source") + t["image"] * task["source_image"] + t["group"] * task["source_group"]
-            if self.pack_tile is None:
+            if self.kernel.layout == "blocked":
+                t["tile"] = scratch
+                self.pack_blocks(f, task, t, source + t["q0"] * task["tile_column"])
+            elif self.pack_tile is None:
                 t["tile"] = source + t["q0"] * task["tile_column"]
             else:
                 t["tile"] = scratch
@@ -173,6 +179,27 @@ class _Builder:
             f.loop(0, task["row_phases"], 1, lambda i: self.row_phase(f, task, t, i))
 
         return body
+
+    def pack_blocks(self, f: Function, task: Task, t: dict[str, Value], source: Value) -> None:
+        """Copy a tile of one row so that what a block reads, of all channels, is one run: [block][channel][column]."""
+        columns = self.phase(f, task, t, f.value(0), f.value(0))
+        rest, room, size = columns["column_count"] - t["q0"], block_room(self.kernel.rows), self.numeric.compute_bytes
+        type_ = vector_type(self.numeric.compute, room)
+
+        def channel(c: Value) -> None:
+            row, tile = source + c * task["source_channel"], t["tile"] + c * (room * size)
+
+            def piece(q: Value, _: int, index: Value) -> None:
+                place, target = row + q * size, tile + index * task["tile_row"]
+
+                def last() -> None:  # nothing is read behind the row, which may be the end of memory
+                    f.store(f.load_masked(place, f.lane_mask(rest - q, room), type_), target)
+
+                f.branch(q + room <= rest, lambda: f.store(f.load(place, type_), target), last)
+
+            self.pieces(f, columns["columns"], self.kernel.rows, self.kernel.narrow_rows, piece)
+
+        f.loop(0, task["source_channels"], 1, channel)
 
     def row_phase(self, f: Function, task: Task, t: dict[str, Value], row_index: Value) -> None:
         raise NotImplementedError
@@ -197,14 +224,14 @@ class _Builder:
 
         f.loop(0, f.maximum(phase["count"], 1), task["chunk"], piece)
 
-    def pieces(self, f: Function, total: Value, size: int, narrow: bool, body: Callable[[Value, int], None]) -> None:
-        """``body(start, size)`` for ``total`` split into pieces of ``size`` and, where ``narrow``, ``size - 1``."""
+    def pieces(self, f: Function, total: Value, size: int, narrow: bool, body: Callable[[Value, int, Value], None]) -> None:
+        """``body(start, size, index)`` for ``total`` split into pieces of ``size`` and, where ``narrow``, ``size - 1``."""
         count = (total + (size - 1)) // size
         rest = count * size - total
         wide = (count - rest) if narrow else count
-        f.loop(0, wide, 1, lambda i: body(i * size, size))
+        f.loop(0, wide, 1, lambda i: body(i * size, size, i))
         if narrow:
-            f.loop(wide, count, 1, lambda i: body(i * (size - 1) + wide, size - 1))
+            f.loop(wide, count, 1, lambda i: body(i * (size - 1) + wide, size - 1, i))
 
 
 class _Channels(_Builder):
@@ -217,7 +244,7 @@ class _Channels(_Builder):
         self.last_micros: dict[tuple[int, int], Function] = {}
         for vectors in (kernel.vectors, kernel.vectors - 1)[: 2 if kernel.narrow_vectors else 1]:
             for rows in (kernel.rows, kernel.rows - 1)[: 2 if kernel.narrow_rows else 1]:
-                micro = Micro("channels", rows, vectors, unit_pitch=kernel.layout == "outer", masked=kernel.masked and kernel.in_place, ahead=True)
+                micro = Micro("channels", rows, vectors, unit_pitch=kernel.layout != "inner", masked=kernel.masked and kernel.in_place, ahead=True)
                 self.micros[rows, vectors] = emit_micro(module, numeric, micro)
                 if kernel.in_place and numeric.pairs:
                     self.last_micros[rows, vectors] = emit_micro(module, numeric, replace(micro, rounded=True))
@@ -254,23 +281,26 @@ class _Channels(_Builder):
         if self.last_micros or not kernel.in_place:
             c, c_row, c_column = t["c"], task["tile_q"] * (width * size), f.value(width * size)
         tile_row = task["tile_row"]
-        pitch = f.value(size) if kernel.layout == "outer" else task["tile_column"] * task["column_advance"]
+        pitch = f.value(size) if kernel.layout != "inner" else task["tile_column"] * task["column_advance"]
         lanes_last = valid - (vectors - 1) * numeric.lanes
+
+        def start_of(p: Value, q: Value, index_of_piece: Value) -> Value:
+            return t["tile"] + index_of_piece * tile_row if kernel.layout == "blocked" else t["tile"] + p * tile_row + q * pitch
 
         def chunk(t0: Value, length: Value, table: Value, first: Value) -> None:
             init_pitch = f.select(first, f.value(0), c_column)
 
             def rows_to(micros: dict[tuple[int, int], Function], to: Value, to_row: Value, to_column: Value) -> None:
                 def row(p: Value) -> None:
-                    def piece(q: Value, rows: int) -> None:
+                    def piece(q: Value, rows: int, index_of_piece: Value) -> None:
                         place = c + p * c_row + q * c_column
                         number = q // kernel.rows
                         # the next piece of the panel, each line once: where a layer's weights lie in the third-level cache, up to 20 % of its time
                         ahead = panel + (t0 + length) * (width * size) + f.minimum(number, vectors - 1) * length * 64
-                        if self.pack_tile is None:
+                        if not kernel.packed:
                             ahead = self.tile_ahead(f, task, t, phase, (index - t["first_panel"]) * phase["count"] + t0, number * length, ahead)
                         call_micro(
-                            f, micros[rows, vectors], source=t["tile"] + p * tile_row + q * pitch, panel=panel + t0 * (width * size),
+                            f, micros[rows, vectors], source=start_of(p, q, index_of_piece), panel=panel + t0 * (width * size),
                             c=place if to is c else to + p * to_row + q * to_column, init=f.select(first, bias, place), table=table, count=length, pitch=pitch,
                             c_pitch=to_column, init_pitch=init_pitch, lanes_last=lanes_last, ahead=ahead,
                         )  # fmt: skip

@@ -314,7 +314,7 @@ def _pack_transposed(f: Function, a: Arguments, numeric: Numeric) -> None:
                         loaded = [numeric.load(f, f.select(inside, p + c * memory, zeros), lanes, read) for inside, p in pointers]
                     for i, vector in enumerate(f.transpose(loaded)):
                         with f.when(c + i < channels):
-                            f.store_masked(vector, target + (c + i) * tile_channel + x * size, written)
+                            numeric.put(f, vector, target + (c + i) * tile_channel + x * size, lanes, written)
 
                 f.loop(0, channels, lanes, channel_block)
 

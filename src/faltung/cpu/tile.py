@@ -8,7 +8,7 @@ import numpy.typing as npt
 from ..problem import DTYPES, ConvProblem
 from .geometry import Axis, Tap
 
-__all__ = ["PAGE", "Tile", "align", "meets_itself", "odd_lines", "pitches", "row_pitch", "weight_strides"]
+__all__ = ["PAGE", "Tile", "align", "block_room", "meets_itself", "odd_lines", "pitches", "row_pitch", "weight_strides"]
 
 
 PAGE = 4096
@@ -49,6 +49,11 @@ def meets_itself(pitch: int) -> bool:
     return pitch % PAGE == 0
 
 
+def block_room(rows: int) -> int:
+    """Elements of a channel's piece in the ``blocked`` layout: those of one or two vectors that are moved at once."""
+    return max(4, 1 << (rows - 1).bit_length())
+
+
 def row_pitch(columns: Axis) -> int:
     """Columns of one row of the ``outer`` layout."""
     return columns.entries(columns.tile) + max((s.extent for s in columns.slabs), default=0)
@@ -59,10 +64,12 @@ class Tile:
     distance of neighbouring outputs' reads.
 
     ``source`` are the gathered operand's byte pitches (image, channel, row, column), ``size`` the bytes of the compute type.  ``packed``: the tile
-    is a copy, whose pitches can be chosen.
+    is a copy, whose pitches can be chosen.  ``blocked`` is for one row: pieces of ``block`` columns, each a run of its own with all channels.
     """
 
-    def __init__(self, rows: Axis, columns: Axis, layout: str, channels: int, size: int, source: tuple[int, int, int, int], packed: bool = True) -> None:
+    def __init__(
+        self, rows: Axis, columns: Axis, layout: str, channels: int, size: int, source: tuple[int, int, int, int], packed: bool = True, block: int = 0
+    ) -> None:
         self._rows, self._columns, self._source = rows, columns, source
         self.inner = layout == "inner"
         self.pixels = row_pitch(columns)
@@ -73,6 +80,10 @@ class Tile:
                 self.column += 64
             self.row = columns.scratch_starts[-1] * self.column
             self.bytes = scratch_rows * self.row
+        elif layout == "blocked":
+            self.column, self.slab, self.channel = size, 0, block_room(block) * size
+            self.row = odd_lines(channels * self.channel)
+            self.bytes = -(-columns.tile // block) * self.row
         else:
             self.column = size
             self.row = self.pixels * size
