@@ -19,6 +19,7 @@ from faltung.cpu.winograd_transform import ALGORITHMS as BY_TAPS
 from faltung.cpu.winograd_transform import ERROR_LIMIT, F2, F4, Algorithm, reduction_piece
 from faltung.cpu.winograd_weight import WINOGRAD_WEIGHT
 from faltung.problem import PADDING_MODES, ConvProblem, Epilogue
+from implementations import verify
 
 CANARY = 12345.678
 MARGIN = 64
@@ -345,3 +346,18 @@ def test_pieces_of_the_reduction() -> None:
         count = channels // piece
         assert 16 <= piece <= 96
         assert piece <= channels - (count - 1) * piece < 2 * piece
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "f16"])
+@pytest.mark.parametrize("memory_format", ["nchw", "nhwc"])
+def test_pieces_of_a_strided_layer_in_16_bits(memory_format: str, dtype: str) -> None:
+    """Several pieces of the reduction, whatever the planner thinks of so small a layer."""
+    problem = ConvProblem.parse(f"forward {dtype} {memory_format} n1c64h9w8k64r3s3 st2 p1 w{memory_format}")
+    allowed = [a for a in BY_TAPS[2] if configurations(problem, a)]
+    assert allowed
+    for algorithm in allowed:
+        for configuration in configurations(problem, algorithm):
+            assert configuration.chunk < problem.c
+            plan = winograd.build_plan(problem, targets.target(), 2, configuration, "winograd")
+            failure = verify(plan)
+            assert not failure, failure
