@@ -12,6 +12,8 @@ __all__ = ["KEPT_BYTES", "workspace"]
 KEPT_BYTES = 64 << 20
 """A larger workspace is freed after the call that needed it."""
 _ALIGNMENT = 4096
+_POISON_BEYOND = 64 << 10
+"""Bytes behind the workspace that are poisoned too, of what the buffer has: filling a large one whole takes longer than most calls."""
 
 
 class _Local(threading.local):
@@ -25,7 +27,7 @@ _local = _Local()
 def workspace(size: int, poison: bool = False) -> tuple[int, npt.NDArray[np.uint8] | None]:
     """The address of at least ``size`` bytes, page-aligned, valid until this thread's next call; and what keeps it alive if it is not kept here.
 
-    ``poison`` fills it with NaN of every floating type.
+    ``poison`` fills it, and what lies close behind it, with NaN of every floating type.
     """
     usable, address, buffer = _local.kept
     if size > usable:
@@ -34,5 +36,6 @@ def workspace(size: int, poison: bool = False) -> tuple[int, npt.NDArray[np.uint
         if size <= KEPT_BYTES:
             _local.kept = size, address, buffer
     if poison and buffer is not None:
-        buffer.fill(0xFF)
+        start = address - buffer.ctypes.data
+        buffer[start : start + size + _POISON_BEYOND].fill(0xFF)
     return address, buffer
