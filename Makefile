@@ -12,7 +12,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch>=2.11
-PYTEST_ARGS ?= -n 2
+# Halves of the suite, so that most kernels are made and loaded by one process; who is done first takes over what is left.
+PYTEST_ARGS ?= -n 2 --dist worksteal
 BENCH_ARGS ?= baselines
 
 BIN := $(VENV)/bin
