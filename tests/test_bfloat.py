@@ -17,9 +17,10 @@ from faltung.codegen.compile import assembly
 from faltung.codegen.numeric import Numeric
 from faltung.cpu import bfloat, direct, direct_weight, pointwise, target
 from faltung.problem import DIRECTIONS, FORMATS, ConvProblem, Direction
+from instruction_sets import needs_isa
 
 PAIRS = "avx512_bf16"
-runs_pairs = pytest.mark.skipif(PAIRS not in target.runnable_targets(), reason="this processor has no products of bfloat16 pairs")
+runs_pairs = needs_isa(PAIRS)
 
 CASES = (
     *(f"n2c{c}h5w6k3r3s3 p1" for c in (1, 2, 31, 33)),  # odd channels, whole and partial vectors of 16-bit and 32-bit elements

@@ -15,10 +15,11 @@ from faltung.codegen.numeric import Numeric
 from faltung.cpu import target
 from faltung.cpu.micro import Micro, emit_micro, largest_rows
 from faltung.problem import DTYPES
+from instruction_sets import each_isa
 
 RUNNABLE = target.runnable_targets()
 TYPES = {"float": np.float32, "double": np.float64}
-isas = pytest.mark.parametrize("isa", RUNNABLE)
+isas = each_isa()
 
 
 def address(array: np.ndarray) -> int:

@@ -22,9 +22,10 @@ from faltung.cpu.depthwise_taps import Reach, block_pixels
 from faltung.cpu.depthwise_tile import Lanes
 from faltung.cpu.depthwise_weight import Spec as WeightSpec
 from faltung.cpu.depthwise_weight import emit_weight
-from faltung.cpu.target import TARGETS, runnable_targets, use_target
+from faltung.cpu.target import TARGETS, use_target
 from faltung.dispatch import Unsupported
 from faltung.problem import DIRECTIONS, FORMATS, PADDING_MODES, ConvProblem
+from instruction_sets import each_isa
 
 TORCH_TYPES = {"f32": torch.float32, "f64": torch.float64, "bf16": torch.bfloat16, "f16": torch.float16}
 MEMORY = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
@@ -159,7 +160,7 @@ def test_exact_large(text: str) -> None:
         check_exact(problem)
 
 
-@pytest.mark.parametrize("isa", [isa for isa in ("avx2", "sse2") if isa in runnable_targets()])
+@each_isa(("avx2", "sse2"))
 @pytest.mark.parametrize("dtype", ["f32", "f64", "bf16", "f16"])
 def test_exact_targets(isa: str, dtype: str) -> None:
     with use_target(isa):
@@ -215,7 +216,7 @@ def guarded(tensor: torch.Tensor, at_end: bool) -> Iterator[int]:
 
 
 @pytest.mark.parametrize("at_end", [True, False])
-@pytest.mark.parametrize("isa", [isa for isa in ("avx512", "avx2", "sse2") if isa in runnable_targets()])
+@each_isa(("avx512", "avx2", "sse2"))
 def test_touches_only_its_operands(isa: str, at_end: bool) -> None:
     texts = ("n1c17h7w7k17r3s3 p1 g17 bias", "n1c16h9w20k16r3s3 st2 p1 g16 bias", "n1c3h6w33k6r5s5 p2 g3 bias", "n1c5h3w2k5r3s3 p1 g5 bias")
     with use_target(isa):

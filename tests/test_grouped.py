@@ -21,6 +21,7 @@ from faltung.cpu.plan import CpuPlan
 from faltung.cpu.tiling import split
 from faltung.dispatch import Unsupported
 from faltung.problem import DIRECTIONS, DTYPES, FORMATS, ConvProblem, Direction, Epilogue, Format
+from instruction_sets import each_isa
 
 CASES = (
     # channels a group: 1, 2, 3, 4, 5, 6, 8, 16, and unequal ones; a last vector of few groups; one vector in all
@@ -95,7 +96,7 @@ def test_padding_modes(mode: str, direction: Direction, fmt: Format) -> None:
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize("isa", [name for name in targets.runnable_targets() if name != "avx512"])
+@each_isa(name for name in targets.TARGETS if name != "avx512")
 def test_other_instruction_sets(isa: str, direction: Direction) -> None:
     with targets.use_target(isa):
         verified([problem(case, direction, dtype, fmt) for case in CASES[::5] for dtype, fmt in OTHERS], 4)

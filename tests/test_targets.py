@@ -16,6 +16,7 @@ from faltung.codegen.load import Kernel
 from faltung.cpu import target
 from faltung.problem import DIRECTIONS, DTYPES, FORMATS, ConvProblem
 from implementations import BOUNDS, MAY_TAKE, TAKES, applicable, verify
+from instruction_sets import each_isa
 
 RUNNABLE = target.runnable_targets()
 
@@ -31,7 +32,7 @@ def _problems(dtype: str) -> list[ConvProblem]:
 
 @pytest.mark.parametrize("implementation", sorted(TAKES))
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("isa", RUNNABLE)
+@each_isa()
 def test_table_on_every_instruction_set(isa: str, dtype: str, implementation: str) -> None:
     taken = [p for p in _problems(dtype) if TAKES[implementation](p)]
     with target.use_target(isa):
@@ -47,7 +48,7 @@ def test_table_on_every_instruction_set(isa: str, dtype: str, implementation: st
     assert len(taken) >= 2 or (implementation == "winograd" and dtype == "f64")
 
 
-@pytest.mark.parametrize("isa", RUNNABLE)
+@each_isa()
 def test_those_that_may_refuse_on_every_instruction_set(isa: str) -> None:
     with target.use_target(isa):
         for implementation, may_take in MAY_TAKE.items():

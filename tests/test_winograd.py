@@ -20,6 +20,7 @@ from faltung.cpu.winograd_transform import ERROR_LIMIT, F2, F4, Algorithm, reduc
 from faltung.cpu.winograd_weight import WINOGRAD_WEIGHT
 from faltung.problem import PADDING_MODES, ConvProblem, Epilogue
 from implementations import verify
+from instruction_sets import each_isa
 
 CANARY = 12345.678
 MARGIN = 64
@@ -196,7 +197,7 @@ def test_every_configuration_gives_the_same_bits(algorithm: str, memory_format: 
     check(ConvProblem.parse(f"{memory_format} n2c50h14w26k144r3s3 st2 p1 bias"), BY_TAPS[2][algorithm == "F2"], every=True)
 
 
-@pytest.mark.parametrize("isa", targets.runnable_targets())
+@each_isa()
 @pytest.mark.parametrize("memory_format", ["nchw", "nhwc"])
 def test_targets(memory_format: str, isa: str) -> None:
     with targets.use_target(isa):

@@ -16,6 +16,7 @@ from faltung.cpu import winograd_weight, winograd_weight_tiling
 from faltung.cpu.winograd_transform import ERROR_LIMIT, F2, F4, Algorithm
 from faltung.cpu.winograd_weight_tiling import WinogradWeightConfig
 from faltung.problem import ConvProblem
+from instruction_sets import each_isa
 
 ALGORITHMS = {"F2": F2, "F4": F4}
 
@@ -80,7 +81,7 @@ def test_configurations(algorithm: str, memory_format: str) -> None:
     check(parse(f"{memory_format} wnhwc n3c48h13w30k33r3s3 p1"), ALGORITHMS[algorithm], step=3)
 
 
-@pytest.mark.parametrize("isa", targets.runnable_targets())
+@each_isa()
 @pytest.mark.parametrize("memory_format", ["nchw", "nhwc"])
 def test_targets(memory_format: str, isa: str) -> None:
     with targets.use_target(isa):
