@@ -1,13 +1,10 @@
-"""Runs a plan made for AArch64 under user-mode emulation: the kernel's object, linked with a main that reads its memory from a file."""
+"""Runs a plan made for AArch64 on an emulated processor: the kernel's object is linked into memory in which every operand ends at a forbidden page."""
 
 from __future__ import annotations
 
-import shutil
 import struct
-import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,44 +15,25 @@ from faltung import testing
 from faltung.codegen import load as loader
 from faltung.cpu.target import TARGETS, Target
 
-__all__ = ["COMPILER", "EMULATOR", "assembled", "run_emulated"]
+try:
+    import unicorn
+    from unicorn import arm64_const as registers
+except ImportError:  # not needed on AArch64, and there are no wheels for some other machines
+    unicorn = None
 
-EMULATOR = shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")
-COMPILER = shutil.which("aarch64-linux-gnu-gcc")
+__all__ = ["AVAILABLE", "assembled", "run_emulated"]
 
-MAIN = r"""
-#include <stdint.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-extern void entry(int64_t, int64_t, int64_t, int64_t, int64_t, int64_t);
-static int64_t number(FILE *f) { int64_t x; if (fread(&x, 8, 1, f) != 1) exit(2); return x; }
-int main(int count, char **names) {
-    (void)count;
-    FILE *f = fopen(names[1], "rb");
-    int64_t size = number(f), links = number(f), workspace = number(f), block = number(f);
-    char *image = aligned_alloc(64, (size + 127) / 64 * 64);
-    if (fread(image, 1, size, f) != (size_t)size) exit(3);
-    for (int64_t i = 0; i < links; i++) { int64_t at = number(f), to = number(f), x = (int64_t)(image + to); memcpy(image + at, &x, 8); }
-    int64_t operand[4], bytes[4];
-    char *start[4];
-    for (int i = 0; i < 4; i++) {
-        bytes[i] = number(f);
-        start[i] = malloc(bytes[i] + 512);
-        memset(start[i], 0xA5, bytes[i] + 512);
-        if (fread(start[i] + 256, 1, bytes[i], f) != (size_t)bytes[i]) exit(4);
-        operand[i] = bytes[i] ? (int64_t)(start[i] + 256) : 0;
-    }
-    char *scratch = aligned_alloc(4096, (workspace + 8191) / 4096 * 4096);
-    memset(scratch, 0xFF, workspace);
-    entry((int64_t)(image + block), operand[0], operand[1], operand[2], operand[3], (int64_t)scratch);
-    for (int i = 0; i < 4; i++)
-        for (int j = 0; j < 256; j++)
-            if ((unsigned char)start[i][j] != 0xA5 || (unsigned char)start[i][256 + bytes[i] + j] != 0xA5) exit(5);
-    for (int i = 2; i < 4; i++) fwrite(start[i] + 256, 1, bytes[i], stdout);
-    return 0;
-}
-"""
+AVAILABLE = unicorn is not None
+_PAGE = 4096
+_CANARY = 0xA5
+_SPACING = 1 << 32
+"""Bytes between the starts of two pieces of memory: nothing is mapped in between."""
+_CODE, _IMAGE, _STACK, _SCRATCH, _OPERANDS = (i * _SPACING for i in range(1, 6))
+_RETURN = _CODE + (1 << 30)
+_STACK_BYTES = 1 << 20
+_ADR_PAGE, _ADD_LOW, _JUMP, _CALL = 275, 277, 282, 283
+_LOAD_LOW = {278: 0, 284: 1, 285: 2, 286: 3, 299: 4}
+"""Kinds of relocations; those of loads and stores with the logarithm of their size."""
 
 
 class _Assembled:
@@ -106,24 +84,78 @@ def _image(block: np.ndarray, tables: tuple[np.ndarray, ...]) -> tuple[bytes, li
     return image, links, places[-1][2]
 
 
-def run_emulated(plan: Any, inputs: testing.Inputs, folder: Path) -> testing.Result:
-    """The plan's result; one static program for each kernel is kept in ``folder``.  Raises CalledProcessError, 5 for a write outside of an operand."""
+def _linked(code: bytes) -> tuple[bytes, int]:
+    """The sections of an object in one piece, relocated to stand at ``_CODE``, and the address of its entry point."""
+    (table,), (size, count) = struct.unpack_from("<Q", code, 40), struct.unpack_from("<2H", code, 58)
+    sections = [struct.unpack_from("<2I4Q2I2Q", code, table + i * size) for i in range(count)]
+    memory, starts = bytearray(), {}
+    for i, (_, _, flags, _, offset, length, _, _, align, _) in enumerate(sections):
+        if flags & 2:  # belongs into memory
+            memory += bytes(-len(memory) % max(align, 1))
+            starts[i] = _CODE + len(memory)
+            memory += code[offset : offset + length]
+    symbols, entry = [], 0
+    for _, kind, _, _, offset, length, link, _, _, _ in sections:
+        for at in range(offset, offset + length if kind == 2 else offset, 24):
+            name, _, _, section, value, _ = struct.unpack_from("<I2BH2Q", code, at)
+            symbols.append(starts.get(section, 0) + value)
+            text = sections[link][4] + name
+            if code[text : code.index(b"\0", text)] == b"entry":
+                entry = symbols[-1]
+    for _, kind, _, _, offset, length, _, info, _, _ in sections:
+        for at in range(offset, offset + length if kind == 4 and info in starts else offset, 24):
+            place, what, addend = struct.unpack_from("<2Qq", code, at)
+            _relocate(memory, starts[info] + place, what & 0xFFFFFFFF, symbols[what >> 32] + addend)
+    return bytes(memory), entry
+
+
+def _relocate(memory: bytearray, place: int, kind: int, to: int) -> None:
+    (word,) = struct.unpack_from("<I", memory, place - _CODE)
+    if kind == _ADR_PAGE:
+        pages = (to >> 12) - (place >> 12)
+        word |= (pages & 3) << 29 | (pages >> 2 & 0x7FFFF) << 5
+    elif kind == _ADD_LOW or kind in _LOAD_LOW:
+        word |= ((to & 0xFFF) >> _LOAD_LOW.get(kind, 0)) << 10
+    elif kind in (_JUMP, _CALL):
+        word |= (to - place) >> 2 & 0x3FFFFFF
+    else:
+        raise NotImplementedError(f"relocation {kind}")
+    struct.pack_into("<I", memory, place - _CODE, word)
+
+
+def run_emulated(plan: Any, inputs: testing.Inputs) -> testing.Result:
+    """The plan's result.  Raises UcError for an access outside of an operand's pages, AssertionError for a write in front of one."""
     problem = plan.problem
-    program = folder / plan.kernel.name
-    if not program.exists():
-        (folder / "main.c").write_text(MAIN)
-        (folder / "kernel.o").write_bytes(plan.kernel.code)
-        subprocess.run([str(COMPILER), "-O1", "-static", "-o", str(program), str(folder / "main.c"), str(folder / "kernel.o")], check=True, capture_output=True)
+    machine = unicorn.Uc(unicorn.UC_ARCH_ARM64, unicorn.UC_MODE_ARM)
+    machine.ctl_set_cpu_model(registers.UC_CPU_ARM64_MAX)
+
+    def put(start: int, content: bytes) -> None:
+        machine.mem_map(start, max(-(-len(content) // _PAGE), 1) * _PAGE)
+        machine.mem_write(start, content)
+
+    code, entry = _linked(plan.kernel.code)
     image, links, block = _image(plan.block, plan._tables)
-    content = struct.pack("<4q", len(image), len(links), plan.workspace_bytes, block) + image + b"".join(struct.pack("<2q", *link) for link in links)
+    words = bytearray(image)
+    for at, to in links:
+        struct.pack_into("<q", words, at, _IMAGE + to)
+    for start, content in ((_CODE, code), (_RETURN, b"\0"), (_STACK, bytes(_STACK_BYTES)), (_SCRATCH, b"\xff" * plan.workspace_bytes), (_IMAGE, bytes(words))):
+        put(start, content)
     stated = harness.operands(problem, inputs)
     sizes = [0 if o is None else o.bytes(problem.dtype) for o in stated]
-    for operand, size in zip(stated, sizes):
+    addresses = []
+    for i, (operand, size) in enumerate(zip(stated, sizes)):
         known = b"\xff" * size if operand is None or operand.tensor is None else _memory(operand.tensor)
-        content += struct.pack("<q", size) + known
-    (folder / "memory").write_bytes(content)
-    done = subprocess.run([str(EMULATOR), str(program), str(folder / "memory")], check=True, capture_output=True, timeout=120)
-    side, out = done.stdout[: sizes[2]], done.stdout[sizes[2] :]
+        put(_OPERANDS + i * _SPACING, bytes([_CANARY]) * (-size % _PAGE) + known)
+        addresses.append(_OPERANDS + i * _SPACING + -size % _PAGE if size else 0)
+    for i, value in enumerate((_IMAGE + block, *addresses, _SCRATCH)):
+        machine.reg_write(registers.UC_ARM64_REG_X0 + i, value)
+    machine.reg_write(registers.UC_ARM64_REG_SP, _STACK + _STACK_BYTES)
+    machine.reg_write(registers.UC_ARM64_REG_LR, _RETURN)
+    machine.emu_start(entry, _RETURN)
+    for i, size in enumerate(sizes):
+        front = machine.mem_read(_OPERANDS + i * _SPACING, -size % _PAGE) if size else b""
+        assert front == bytes([_CANARY]) * len(front), f"{plan.implementation} '{problem}': wrote in front of operand {i}"
+    side, out = (bytes(machine.mem_read(addresses[i], sizes[i])) if sizes[i] else b"" for i in (2, 3))
     assert stated[3] is not None
     main = _tensor(out, problem.dtype).as_strided(stated[3].shape, stated[3].strides)
     return testing.Result(main, _tensor(side, problem.dtype) if side and problem.direction == "grad_weight" else None)
