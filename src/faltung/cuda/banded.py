@@ -70,7 +70,8 @@ def band_of(problem: ConvProblem, bq: int, columns: int) -> Band:
         first, last = max(first, 0), min(last, size - 1)
     elif problem.padding_mode == "zeros" and size % 8 == 0 == advance % 8:
         first -= first % 8  # so that vectors of eight elements can be loaded
-    return Band(bq, first, advance, max(1, last - first + 1), alpha, beta)
+    width = max(1, last - first + 1)
+    return Band(bq, first, advance, width + -width % alignment(first, advance, size), alpha, beta)
 
 
 @triton.jit
@@ -100,16 +101,21 @@ def banded_kernel(
     M, GROUPS_P, MP, COLUMNS, SH, SW, K0, DIVIDE, JG, GUARD, WIDTH, first, advance,
     sn, sc, sh, sw, on, oc, oh, ow, start_h, step_h, source_step_h, offset_h, low, ROWS, direction,
     MODE: tl.constexpr, HAS_BIAS: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, DIRECT_ROWS: tl.constexpr,
-    SHIFT_H: tl.constexpr, A: tl.constexpr, RPT: tl.constexpr, BM: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
+    SHIFT_H: tl.constexpr, A: tl.constexpr, OA: tl.constexpr, RPT: tl.constexpr, BM: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """One tile of one channel; see the module's loop nest.  DIRECT_ROWS: RPT is 1 and row j lies ``j * SHIFT_H`` from the first.
 
-    SW, ``first``, ``advance`` and the strides of source planes and rows come divided by A.
+    SW, WIDTH, ``first``, ``advance`` and the strides of source planes and rows come divided by A, COLUMNS and those of the output by OA.
     """
     SW = SW * A
+    WIDTH = WIDTH * A
     sn = sn * A
     sc = sc * A
     sh = sh * A
+    COLUMNS = COLUMNS * OA
+    on = on * OA
+    oc = oc * OA
+    oh = oh * OA
     pid = tl.program_id(0)
     blocks_m = tl.cdiv(M, BM)
     blocks_q = tl.cdiv(COLUMNS, BQ)
@@ -175,7 +181,9 @@ def launch_banded(
     jg = rows.taps + 2 * guard
     band = band_of(problem, config.bq, columns)
     by = band.alignment(source_size[1])
+    oa = alignment(columns, *out_strides[:3])
     sn, sc, sh, sw = source_strides
+    on, oc, oh, ow = out_strides
     if rows.taps == 0:  # nothing reaches these rows
         jg, reached = 1, 0
     matrix = band.width * band.bq
@@ -192,11 +200,11 @@ def launch_banded(
         grid = (cdiv(images * groups_p, config.bm) * cdiv(columns, band.bq) * count,)
         banded_kernel[grid](
             source, bands, bias if bias is not None else out, out,
-            images * groups_p, groups_p, rows.count, columns, source_size[0], source_size[1] // by, k0, problem.kg if forward else 1, jg, guard, band.width,
-            band.first // by, band.advance // by, sn // by, sc // by, sh // by, sw, *out_strides,
+            images * groups_p, groups_p, rows.count, columns // oa, source_size[0], source_size[1] // by, k0, problem.kg if forward else 1, jg, guard, band.width // by,
+            band.first // by, band.advance // by, sn // by, sc // by, sh // by, sw, on // oa, oc // oa, oh // oa, ow,
             rows.start, rows.step, rows.source_step, rows.offset, low, reached, direction,
             MODE=MODES[problem.padding_mode] if forward else 0, HAS_BIAS=bias is not None, WIDE=is_wide(source, out), ACC=accumulator(source.dtype)[1],
-            PRECISION=fp32_precision() if source.element_size() == 4 else "ieee", DIRECT_ROWS=direct, SHIFT_H=rows.shift, A=by, RPT=rpt, BM=config.bm,
+            PRECISION=fp32_precision() if source.element_size() == 4 else "ieee", DIRECT_ROWS=direct, SHIFT_H=rows.shift, A=by, OA=oa, RPT=rpt, BM=config.bm,
             BQ=band.bq, BK=config.bk, num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
 

@@ -43,9 +43,10 @@ def banded_weight_kernel(
 ):  # fmt: skip
     """One run of kernel rows of one channel for one split of the (n, p, block of columns) triples.
 
-    W, ``first``, ``advance`` and the strides of planes and rows of x come divided by XA, Q and those of gy by YA.
+    W, WIDTH, ``first``, ``advance`` and the strides of planes and rows of x come divided by XA, Q and those of gy by YA.
     """
     W = W * XA
+    WIDTH = WIDTH * XA
     sn = sn * XA
     sc = sc * XA
     sh = sh * XA
@@ -134,7 +135,7 @@ def launch_banded_weight(
     for k0 in range(0, problem.k, at_once):
         count = min(at_once, problem.k - k0)
         banded_weight_kernel[(count * cdiv(problem.r, group), splits)](
-            x, gy, partial, total, blocks_q, problem.p, problem.q // ya, problem.h, problem.w // xa, k0, count, problem.kg, problem.r, band.width, chunk,
+            x, gy, partial, total, blocks_q, problem.p, problem.q // ya, problem.h, problem.w // xa, k0, count, problem.kg, problem.r, band.width // xa, chunk,
             band.first // xa, band.advance // xa, sn // xa, sc // xa, sh // xa, sw, yn // ya, yk // ya, yp // ya, yq, rows.source_step, rows.offset, rows.shift,
             MODE=MODES[problem.padding_mode], WIDE=is_wide(x, gy), ACC=accumulate, PRECISION=fp32_precision() if x.element_size() == 4 else "ieee",
             XA=xa, YA=ya, RG=group, BQ=band.bq, WINDOW=window, BK=config.bk, num_warps=config.warps, num_stages=config.stages,

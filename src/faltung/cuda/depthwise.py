@@ -96,8 +96,12 @@ def depthwise_kernel(
     if TR > 0:
         for step in range(TS * MEMBERS * LOOP_ROWS):
             tap = step // LOOP_ROWS
-            e = tap // TS
-            s = tap - e * TS
+            if MEMBERS == 1:  # a constant for the compiler, which else cannot tell how far channels are aligned
+                e = 0
+                s = tap
+            else:
+                e = tap // TS
+                s = tap - e * TS
             w = padded(left + s * shift_w, SW, MODE)
             member = channel + e
             at = member[None, :] * sc + (w * sw)[:, None]

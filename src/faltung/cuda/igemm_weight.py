@@ -24,7 +24,7 @@ from ..problem import ConvProblem
 from . import tiling
 from .gather import MODES, Phase, phases
 from .igemm import divided
-from .indexing import inside, padded
+from .indexing import divider, inside, padded, quotient
 from .reduction import bias_gradient, reduce_splits
 from .runtime import CudaPlan, accumulator, cdiv, device, fp32_precision, image_strides, is_wide, weight_strides, workspace
 from .tiling import WeightConfig
@@ -35,7 +35,7 @@ __all__ = ["IGEMM_WEIGHT", "IgemmWeight", "launch_weight"]
 @triton.jit
 def igemm_weight_kernel(
     x, gy, partial,
-    M, MQ, PQ, CHUNK, H, W, C, K, pitch,
+    M, MQ, mq_multiplier, mq_shift, PQ, pq_multiplier, pq_shift, CHUNK, H, W, C, K, pitch,
     sn, sc, sh, sw, yn, yk, yp, yq,
     step_h, step_w, offset_h, offset_w, shift_h, shift_w,
     TR: tl.constexpr, TS: tl.constexpr, MODE: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr, XA: tl.constexpr, YA: tl.constexpr,
@@ -84,9 +84,14 @@ def igemm_weight_kernel(
     for first in range(0, CHUNK, BK):
         m = split_at + first + tl.arange(0, BK)
         ok = m < M
-        n = m // PQ
-        pixel = m - n * PQ
-        p = pixel // MQ
+        if WIDE:
+            n = m // PQ
+            pixel = m - n * PQ
+            p = pixel // MQ
+        else:
+            n = quotient(m, pq_multiplier, pq_shift)
+            pixel = m - n * PQ
+            p = quotient(pixel, mq_multiplier, mq_shift)
         q = pixel - p * MQ
         if FLAT:
             h = (p * step_h)[:, None] + down[None, :]
@@ -131,7 +136,7 @@ def launch_weight(
     ya, gy_strides, outputs_ = divided(gy_strides, outputs)
     blocks = cdiv(phase.taps * channels, config.bn) if config.flat else phase.taps * cdiv(channels, config.bn)
     (kernel or igemm_weight_kernel)[(groups * cdiv(outputs, config.bm) * blocks, splits)](
-        x, gy, partial, pixels, columns.count, phase.pixels, chunk, *size, channels_, outputs_, pitch, *x_strides, *gy_strides,
+        x, gy, partial, pixels, columns.count, *divider(columns.count), phase.pixels, *divider(phase.pixels), chunk, *size, channels_, outputs_, pitch, *x_strides, *gy_strides,
         rows.source_step, columns.source_step, rows.offset, columns.offset, rows.shift, columns.shift,
         TR=rows.taps, TS=columns.taps, MODE=mode, FLAT=config.flat, WIDE=is_wide(x, gy), XA=xa, YA=ya, ACC=accumulate,
         PRECISION=config.precision or (fp32_precision() if x.dtype == torch.float32 else "ieee"),

@@ -4,7 +4,9 @@
         padded[n, u, v, CP] = x with its padding in place and its channels filled up to CP = 4 or 8 (one pass over x)
         the implicit GEMM of :mod:`.igemm`, for which a run of S pixels is one pixel of S * CP channels
 
-One kernel row is then a contiguous run, 32 elements for a 7x7 kernel of three channels, and no load needs a mask for the padding.
+One kernel row is then a contiguous run, 28 elements for a 7x7 kernel of three channels, and no load needs a mask for the padding.  Where pixels are read at
+distances of 16 bytes, forward takes runs of whole 16 bytes (32 elements), with zeros in the weight: not under ``config.precision = "strict"``, since an
+infinity that meets them becomes NaN.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import config as options
 from ..dispatch import Unsupported
 from ..problem import DTYPES, ConvProblem
 from . import tiling
@@ -53,22 +56,27 @@ def pad_kernel(
 
 
 @triton.jit
-def pack_kernel(weight, out, ELEMENTS, C, TAPS, wk, wc, wt, CP: tl.constexpr, BLOCK: tl.constexpr):
-    """out[k, tap, c] (CP channels) = weight[k, c, tap], 0 for channels from C on."""
+def pack_kernel(weight, out, ELEMENTS, C, R, S, RUN, wk, wc, wt, CP: tl.constexpr, BLOCK: tl.constexpr):
+    """out[k, r, s * CP + c] (runs of RUN) = weight[k, c, r, s], 0 for channels from C and columns from S on."""
     e = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    c = e % CP
-    rest = e // CP
-    ok = (e < ELEMENTS) & (c < C)
-    tl.store(out + e, tl.load(weight + rest // TAPS * wk + rest % TAPS * wt + c * wc, mask=ok, other=0.0), mask=e < ELEMENTS)
+    at = e % RUN
+    row = e // RUN
+    c = at % CP
+    s = at // CP
+    ok = (e < ELEMENTS) & (c < C) & (s < S)
+    tl.store(out + e, tl.load(weight + row // R * wk + (row % R * S + s) * wt + c * wc, mask=ok, other=0.0), mask=e < ELEMENTS)
 
 
 @dataclass(frozen=True)
 class _Form:
-    """The padded image of a problem: its size and channels, and the phase in which a kernel row is one tap."""
+    """The padded image of a problem: its size and channels, the elements of a kernel row, the distance of the pixels that neighbouring outputs read, and
+    the phase in which a kernel row is one tap."""
 
     rows: int
     columns: int
     channels: int
+    run: int
+    distance: int
     phase: Phase
 
     @property
@@ -85,11 +93,17 @@ def _form(problem: ConvProblem) -> _Form:
     if problem.s == 1:
         raise Unsupported("a kernel of one column gains nothing")
     rows = (problem.p - 1) * problem.stride[0] + problem.effective_kernel[0]
-    columns = (problem.q - 1) * problem.stride[1] + problem.s
-    phase = Phase(
-        AxisPhase(0, 1, problem.p, problem.r, 0, 1, problem.stride[0], 0, problem.dilation[0]), AxisPhase(0, 1, problem.q, 1, 0, 1, problem.stride[1], 0, 1)
-    )
-    return _Form(rows, columns, 4 if problem.c <= 4 else 8, phase)
+    channels = 4 if problem.c <= 4 else 8
+    vector = 16 // DTYPES[problem.dtype]
+    run, distance = problem.s * channels, problem.stride[1] * channels
+    if problem.direction == "forward" and distance % vector == 0 and options.current().precision != "strict":
+        run += -run % vector
+    columns = (problem.q - 1) * problem.stride[1] + run // channels
+    if distance % vector == 0:
+        columns += -columns % max(1, vector // channels)
+    # neighbouring outputs are neighbouring pixels ``distance`` apart, so that the kernel sees what divides their addresses
+    phase = Phase(AxisPhase(0, 1, problem.p, problem.r, 0, 1, problem.stride[0], 0, problem.dilation[0]), AxisPhase(0, 1, problem.q, 1, 0, 1, 1, 0, 1))
+    return _Form(rows, columns, channels, run, distance, phase)
 
 
 def _images_at_once(problem: ConvProblem, form: _Form) -> int:
@@ -106,7 +120,7 @@ def _pad(problem: ConvProblem, form: _Form, x: Tensor, out: Tensor, images: int)
 
 
 def _strides(form: _Form) -> tuple[int, int, int, int]:
-    return form.image, 1, form.columns * form.channels, form.channels
+    return form.image, 1, form.columns * form.channels, form.distance
 
 
 class Stem:
@@ -125,25 +139,25 @@ class Stem:
         form = _form(problem)
         chosen = config or tiling.choose_stem(problem, device())
         images = _images_at_once(problem, form)
-        run_length = problem.s * form.channels
         wk, wc, _, ws = weight_strides(problem.weight_format, problem.c, problem.r, problem.s)
         arguments: dict[str, Any] = {
             "groups": 1,
             "source_size": (form.rows, form.columns),
-            "source_channels": run_length,
+            "source_channels": form.run,
             "out_channels": problem.k,
             "source_strides": _strides(form),
             "out_strides": image_strides(problem.format, *problem.output_shape[1:]),
-            "weight_strides": (0, problem.r * run_length, 1, run_length, 0),
+            "weight_strides": (0, problem.r * form.run, 1, form.run, 0),
             "mode": 0,
             "config": chosen,
         }
 
         def run(source: Tensor, other: Tensor, side: Tensor | None, out: Tensor) -> None:
-            elements = problem.k * problem.r * run_length
+            elements = problem.k * problem.r * form.run
             weight = workspace((elements,), other.dtype, other)
-            taps = problem.r * problem.s
-            pack_kernel[(cdiv(elements, 1024),)](other, weight, elements, problem.c, taps, wk, wc, ws, CP=form.channels, BLOCK=1024)
+            pack_kernel[(cdiv(elements, 1024),)](
+                other, weight, elements, problem.c, problem.r, problem.s, form.run, wk, wc, ws, CP=form.channels, BLOCK=1024
+            )
             buffer = workspace((images * form.image,), source.dtype, source)
             for start in range(0, problem.n, images):
                 count = min(images, problem.n - start)
@@ -169,8 +183,7 @@ class StemWeight:
         form = _form(problem)
         chosen = config or tiling.choose_stem_weight(problem, device())
         images = _images_at_once(problem, form)
-        row = problem.s * form.channels
-        pitch = problem.k * problem.r * row
+        pitch = problem.k * problem.r * form.run
         wk, wc, _, ws = weight_strides(problem.weight_format, problem.c, problem.r, problem.s)
         gy_strides = image_strides(problem.format, *problem.output_shape[1:])
 
@@ -181,7 +194,7 @@ class StemWeight:
                 count = min(images, problem.n - start)
                 _pad(problem, form, source[start : start + count], buffer, count)
                 partial, _ = launch_weight(
-                    form.phase, buffer, other[start : start + count], images=count, groups=1, size=(form.rows, form.columns), channels=row,
+                    form.phase, buffer, other[start : start + count], images=count, groups=1, size=(form.rows, form.columns), channels=form.run,
                     outputs=problem.k, x_strides=_strides(form), gy_strides=gy_strides, mode=0, config=chosen,
                 )  # fmt: skip
                 parts.append(partial)

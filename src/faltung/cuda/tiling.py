@@ -324,11 +324,13 @@ def banded_weight_candidates(problem: ConvProblem, device: Device) -> list[Bande
 
 
 def merged_groups(problem: ConvProblem) -> int:
-    """How many neighbouring groups are multiplied as one: as many as give at most 32 channels, where a group has fewer than 16 (1: none are)."""
+    """How many neighbouring groups are multiplied as one: as many as give at most 64 channels (32 in 32 and 64 bits) where a group has fewer than half of
+    that (1: none are)."""
     widest = max(problem.cg, problem.kg)
-    if widest >= 16 or problem.cg == 1:
+    most = 64 if DTYPES[problem.dtype] == 2 else 32
+    if widest > most // 2 or problem.cg == 1:
         return 1
-    return max(d for d in range(1, 32 // widest + 1) if problem.g % d == 0)
+    return max(d for d in range(1, most // widest + 1) if problem.g % d == 0)
 
 
 def _stem_run(problem: ConvProblem) -> int:

@@ -119,6 +119,7 @@ def _time(call: Callable[[], None], repeats: int) -> float:
     for _ in range(repeats):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         flush.zero_()
+        torch.cuda._sleep(1_000_000)  # half a millisecond in which the host queues the call: gaps between launches would count
         start.record()
         call()
         end.record()
