@@ -9,8 +9,8 @@
    overwritten before each.  A row whose result is wrong has no time.
 
 Kernels compile in worker processes, which share Triton's cache on disk; one whose context died starts itself anew behind the problem that killed it.
-Results go to benchmarks/results/cuda.csv, failures to benchmarks/results/cuda-failures.txt; a summary is printed.  ``--tune`` searches configurations
-for the rows before they are timed (longer than nine minutes); ``--quick`` takes every tenth problem.
+Results go to benchmarks/results/cuda.csv, failures to benchmarks/results/cuda-failures.txt; a summary is printed.  ``--tune SECONDS`` first
+searches configurations for the rows, and writes every candidate's time to cuda-tuning.csv; ``--quick`` takes every tenth problem.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from torch import Tensor
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "src")]
 
-from device_checks import TORCH, in_workers, ours_call, precise, random_inputs, sanitize, stock_call, tasks, timed_problems  # noqa: E402
+from device_checks import CANDIDATES, TORCH, in_workers, ours_call, precise, random_inputs, sanitize, stock_call, tasks, timed_problems  # noqa: E402
 from faltung import dispatch, testing  # noqa: E402
 from faltung.problem import DIRECTIONS, FORMATS  # noqa: E402
 
@@ -177,16 +177,20 @@ def time_rows(gates: dict[str, dict[str, Any]], dtypes: tuple[str, ...], deadlin
 
 
 def tune_rows(dtypes: tuple[str, ...], deadline: float) -> None:
-    """Search configurations for the timed problems; compiling is serial here, so this takes long."""
+    """Search configurations for the timed problems, whose kernels worker processes compile first; every candidate goes to cuda-tuning.csv."""
     from faltung.cuda import tuner
 
+    in_workers("compile", 0.55 * (deadline - time.time()), 1, dtypes, RESULTS)
+    lines = csv.writer((RESULTS / "cuda-tuning.csv").open("w", newline="", encoding="utf-8", buffering=1), lineterminator="\n")
+    lines.writerow(("problem", "implementation", "config", "seconds", "error", "bound", "failure"))
     for problem in timed_problems(dtypes):
         if time.time() > deadline:
-            return
+            break
         inputs = random_inputs(problem)
         want, own = precise(problem, inputs)[0], stock_call(problem, inputs)()[0]
         side = inputs.bias if problem.epilogue.bias else None
-        choice, measured = tuner.tune(problem, (want.double(), testing.error_bound(want.double(), own)), (*inputs.read_by(problem), side))
+        choice, measured = tuner.tune(problem, (want.double(), testing.error_bound(want.double(), own)), (*inputs.read_by(problem), side), limit=CANDIDATES)
+        lines.writerows((problem, m.implementation, m.config, m.seconds, m.error, m.bound, m.failure) for m in measured)
         wrong = [m for m in measured if m.failure]
         print(f"{problem}: {choice}; {len(measured)} tried, {len(wrong)} rejected" + "".join(f"\n    {m}" for m in wrong[:3]), flush=True)
     dispatch.clear()

@@ -60,6 +60,8 @@ SANITIZED = (
     "n1c3h6w7k4r3s3 p1 reflect",
 )
 TORCH = testing.TORCH_DTYPES
+CANDIDATES = 14
+"""Configurations of an implementation that ``--tune`` compiles and times for a row."""
 
 
 # --- operands and oracles -----------------------------------------------------------------------------------------------------------------------
@@ -166,7 +168,9 @@ def check_small(problem: ConvProblem) -> list[str]:
     """What is wrong with any implementation's results."""
     failures = []
     whole, some = testing.make_inputs(problem, integers=True), testing.make_inputs(problem, seed=3)
-    rounded, exact, own = testing.rounded(problem, testing.exact(problem, whole)), testing.exact(problem, some), testing.stock(problem, some)
+    rounded, exact = testing.rounded(problem, testing.exact(problem, whole)), testing.exact(problem, some)
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=False, allow_tf32=False):
+        own = [t.cpu() for t in testing.stock(problem, on_device(some))]
     for plan in able(problem):
         name = f"{plan.implementation} '{problem}' {plan.describe()}"
         for got, want in zip(launch(plan, on_device(whole)), rounded):
@@ -224,13 +228,29 @@ def gate(problem: ConvProblem) -> tuple[float, float]:
     return (got.main.double() - want[0].double()).abs().max().item(), testing.error_bound(want[0].double(), own[0])
 
 
+def compile_candidates(problem: ConvProblem) -> None:
+    """Launch what the tuner will try once, for the kernels that this leaves on disk; what fails will fail again, and be reported, there."""
+    from faltung.cuda import tuner
+
+    inputs = random_inputs(problem)
+    out = testing.empty_result(problem, "cuda")
+    for implementation, configs in tuner.candidates(problem, CANDIDATES):
+        for candidate in configs:
+            try:
+                implementation.plan(problem, 1, candidate).launch(*inputs.read_by(problem), inputs.bias if problem.epilogue.bias else None, out)
+                torch.cuda.synchronize()
+            except Exception as error:
+                if "CUDA error" in str(error):
+                    raise
+
+
 # --- workers ------------------------------------------------------------------------------------------------------------------------------------
 
 
 def tasks(kind: str, step: int, dtypes: tuple[str, ...]) -> list[str]:
     if kind == "small":
         return [str(problem) for problem in small_problems(step)]
-    return [str(problem) for problem in timed_problems(dtypes)] if kind == "gate" else list(LARGE) if kind == "large" else list(SANITIZED)
+    return [str(problem) for problem in timed_problems(dtypes)] if kind in ("gate", "compile") else list(LARGE) if kind == "large" else list(SANITIZED)
 
 
 def perform(kind: str, task: str) -> dict[str, Any]:
@@ -238,6 +258,9 @@ def perform(kind: str, task: str) -> dict[str, Any]:
         return {"failures": check_small(ConvProblem.parse(task))}
     if kind == "large":
         return {"failures": check_large(task)}
+    if kind == "compile":
+        compile_candidates(ConvProblem.parse(task))
+        return {"failures": []}
     if kind == "gate":
         error, bound = gate(ConvProblem.parse(task))
         return {"error": error, "bound": bound, "failures": [] if error <= bound else [f"'{task}': error {error:.3g}, allowed {bound:.3g}"]}

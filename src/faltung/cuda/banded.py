@@ -200,8 +200,8 @@ def launch_banded(
         grid = (cdiv(images * groups_p, config.bm) * cdiv(columns, band.bq) * count,)
         banded_kernel[grid](
             source, bands, bias if bias is not None else out, out,
-            images * groups_p, groups_p, rows.count, columns // oa, source_size[0], source_size[1] // by, k0, problem.kg if forward else 1, jg, guard, band.width // by,
-            band.first // by, band.advance // by, sn // by, sc // by, sh // by, sw, on // oa, oc // oa, oh // oa, ow,
+            images * groups_p, groups_p, rows.count, columns // oa, source_size[0], source_size[1] // by, k0, problem.kg if forward else 1, jg, guard,
+            band.width // by, band.first // by, band.advance // by, sn // by, sc // by, sh // by, sw, on // oa, oc // oa, oh // oa, ow,
             rows.start, rows.step, rows.source_step, rows.offset, low, reached, direction,
             MODE=MODES[problem.padding_mode] if forward else 0, HAS_BIAS=bias is not None, WIDE=is_wide(source, out), ACC=accumulator(source.dtype)[1],
             PRECISION=fp32_precision() if source.element_size() == 4 else "ieee", DIRECT_ROWS=direct, SHIFT_H=rows.shift, A=by, OA=oa, RPT=rpt, BM=config.bm,

@@ -33,6 +33,20 @@ __all__ = ["IGEMM_WEIGHT", "IgemmWeight", "launch_weight"]
 
 
 @triton.jit
+def place_of(m, MQ, mq_multiplier, mq_shift, PQ, pq_multiplier, pq_shift, WIDE: tl.constexpr):
+    """Image, row and column of the outputs ``m``: two divisions a row of a tile, which by themselves would take longer than the products."""
+    if WIDE:
+        n = m // PQ
+        pixel = m - n * PQ
+        p = pixel // MQ
+    else:
+        n = quotient(m, pq_multiplier, pq_shift)
+        pixel = m - n * PQ
+        p = quotient(pixel, mq_multiplier, mq_shift)
+    return n, p, pixel - p * MQ
+
+
+@triton.jit
 def igemm_weight_kernel(
     x, gy, partial,
     M, MQ, mq_multiplier, mq_shift, PQ, pq_multiplier, pq_shift, CHUNK, H, W, C, K, pitch,
@@ -84,15 +98,7 @@ def igemm_weight_kernel(
     for first in range(0, CHUNK, BK):
         m = split_at + first + tl.arange(0, BK)
         ok = m < M
-        if WIDE:
-            n = m // PQ
-            pixel = m - n * PQ
-            p = pixel // MQ
-        else:
-            n = quotient(m, pq_multiplier, pq_shift)
-            pixel = m - n * PQ
-            p = quotient(pixel, mq_multiplier, mq_shift)
-        q = pixel - p * MQ
+        n, p, q = place_of(m, MQ, mq_multiplier, mq_shift, PQ, pq_multiplier, pq_shift, WIDE)
         if FLAT:
             h = (p * step_h)[:, None] + down[None, :]
             w = (q * step_w)[:, None] + right[None, :]
@@ -136,7 +142,8 @@ def launch_weight(
     ya, gy_strides, outputs_ = divided(gy_strides, outputs)
     blocks = cdiv(phase.taps * channels, config.bn) if config.flat else phase.taps * cdiv(channels, config.bn)
     (kernel or igemm_weight_kernel)[(groups * cdiv(outputs, config.bm) * blocks, splits)](
-        x, gy, partial, pixels, columns.count, *divider(columns.count), phase.pixels, *divider(phase.pixels), chunk, *size, channels_, outputs_, pitch, *x_strides, *gy_strides,
+        x, gy, partial, pixels, columns.count, *divider(columns.count), phase.pixels, *divider(phase.pixels), chunk, *size,
+        channels_, outputs_, pitch, *x_strides, *gy_strides,
         rows.source_step, columns.source_step, rows.offset, columns.offset, rows.shift, columns.shift,
         TR=rows.taps, TS=columns.taps, MODE=mode, FLAT=config.flat, WIDE=is_wide(x, gy), XA=xa, YA=ya, ACC=accumulate,
         PRECISION=config.precision or (fp32_precision() if x.dtype == torch.float32 else "ieee"),

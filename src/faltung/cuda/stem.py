@@ -155,9 +155,7 @@ class Stem:
         def run(source: Tensor, other: Tensor, side: Tensor | None, out: Tensor) -> None:
             elements = problem.k * problem.r * form.run
             weight = workspace((elements,), other.dtype, other)
-            pack_kernel[(cdiv(elements, 1024),)](
-                other, weight, elements, problem.c, problem.r, problem.s, form.run, wk, wc, ws, CP=form.channels, BLOCK=1024
-            )
+            pack_kernel[(cdiv(elements, 1024),)](other, weight, elements, problem.c, problem.r, problem.s, form.run, wk, wc, ws, CP=form.channels, BLOCK=1024)
             buffer = workspace((images * form.image,), source.dtype, source)
             for start in range(0, problem.n, images):
                 count = min(images, problem.n - start)

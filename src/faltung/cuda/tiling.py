@@ -141,7 +141,8 @@ def _distinct(configs: Iterable[IgemmConfig], dtype: str, device: Device) -> lis
 def choose_weight(problem: ConvProblem, device: Device) -> WeightConfig:
     """The heuristic: tiles of the weight, and as many splits as two waves of programs need.
 
-    The splits shape the sum, so they follow from the problem alone: 264 programs, two for each multiprocessor of an H100.
+    The splits shape the sum, so they follow from the problem alone: 264 programs, two for each multiprocessor of an H100, and of small tiles, whose
+    registers and shared memory leave room for four, 528.
     """
     size = DTYPES[problem.dtype]
     flat = problem.cg < 16 and problem.r * problem.s > 1
@@ -150,7 +151,8 @@ def choose_weight(problem: ConvProblem, device: Device) -> WeightConfig:
     bn = power_of_two(columns, 16, 128 if size < 8 else 64)
     bk = {2: 64, 4: 32, 8: 16}[size]
     blocks = -(-problem.kg // bm) * -(-columns // bn) * (1 if flat else problem.r * problem.s) * problem.g
-    config = WeightConfig(bm, bn, bk, split_count(problem.n * problem.p * problem.q, bk, blocks), 8 if bm * bn >= 128 * 128 else 4, 3, flat)
+    splits = split_count(problem.n * problem.p * problem.q, bk, blocks, programs=264 if bm * bn > 64 * 64 else 528)
+    config = WeightConfig(bm, bn, bk, splits, 8 if bm * bn >= 128 * 128 else 4, 3, flat)
     while not supports(config, problem.dtype, device) and config.stages > 1:
         config = replace(config, stages=config.stages - 1)
     return config
@@ -163,13 +165,13 @@ def split_count(outputs: int, step: int, blocks: int, programs: int = 264, least
 
 
 def weight_candidates(problem: ConvProblem, device: Device) -> list[WeightConfig]:
-    """The heuristic's choice, other tiles, and half and twice its splits."""
+    """The heuristic's choice, half and twice its splits, then other tiles, and those with twice its splits; what is more likely to win comes first."""
     first = choose_weight(problem, device)
-    found = [first]
-    for bm, bn, warps in ((64, 64, 4), (128, 64, 4), (64, 128, 4), (128, 128, 8), (128, 128, 4)):
-        for bk in (first.bk, max(16, first.bk // 2)):
-            found += [replace(first, bm=bm, bn=bn, bk=bk, warps=warps, stages=stages) for stages in (3, 4)]
-    found += [replace(c, splits=s) for c in found[:6] for s in (first.splits * 2, max(1, first.splits // 2))]
+    found = [first, replace(first, splits=first.splits * 2), replace(first, splits=max(1, first.splits // 2))]
+    tiles = ((128, 128, 8, 3), (64, 64, 4, 3), (128, 256, 8, 3), (128, 128, 4, 3), (64, 128, 4, 3), (128, 128, 8, 4), (64, 64, 4, 4), (128, 64, 4, 3))
+    for factor in (1, 2):
+        found += [replace(first, bm=bm, bn=bn, warps=warps, stages=stages, splits=first.splits * factor) for bm, bn, warps, stages in tiles]
+    found += [replace(c, bk=first.bk * 2, stages=2) for c in found[:5]]
     return [c for c in dict.fromkeys(found) if supports(c, problem.dtype, device)]
 
 
@@ -241,13 +243,13 @@ def choose_depthwise_weight(problem: ConvProblem, device: Device) -> DepthwiseCo
 
 
 def depthwise_weight_candidates(problem: ConvProblem, device: Device) -> list[DepthwiseConfig]:
-    """The heuristic's choice, other tiles, kernel columns and splits."""
+    """The heuristic's choice, other tiles, then other kernel columns, then fewer splits."""
     first = choose_depthwise_weight(problem, device)
     found = [first]
-    for other in depthwise_candidates(problem, device):
-        for taps in sorted({1, first.taps, problem.s}):
+    for splits in (first.splits, first.splits // 2, first.splits // 4):
+        for taps in dict.fromkeys((first.taps, 1, problem.s)):
             if min(problem.r, UNROLLED) * taps <= 49:
-                found += [replace(other, taps=taps, splits=max(1, splits)) for splits in (first.splits, first.splits // 2, first.splits // 4)]
+                found += [replace(other, taps=taps, splits=max(1, splits)) for other in depthwise_candidates(problem, device)]
     return list(dict.fromkeys(found))
 
 
@@ -302,14 +304,20 @@ def banded_candidates(problem: ConvProblem, device: Device) -> list[BandedConfig
 def choose_banded_weight(problem: ConvProblem, device: Device) -> BandedConfig:
     """Four kernel rows a program share the gradients of the output; splits give 1056 programs, eight for each multiprocessor of an H100.
 
-    Without asynchronous matrix units (before capability 9) operands take registers as well: two rows.
+    Without asynchronous matrix units (before capability 9) operands take registers as well: two rows.  Three stages, fewer where shared memory does not
+    hold them.
     """
     bq = power_of_two(problem.q, 16, 64)
     rpt = min(4 if device.capability[0] >= 9 else 2, power_of_two(problem.r))
     programs = problem.k * -(-problem.r // rpt)
     rows = problem.n * problem.p * -(-problem.q // bq)
-    bk = 64 if rows >= 64 and DTYPES[problem.dtype] == 2 else 32
-    return BandedConfig(rpt, bq, bk, rpt, 8 if bq >= 32 else 4, 3 if DTYPES[problem.dtype] == 2 else 2, split_count(rows, bk, programs, programs=1056))
+    size = DTYPES[problem.dtype]
+    bk = 64 if rows >= 64 and size == 2 else 32
+    window = (bq - 1) * problem.stride[1] + problem.effective_kernel[1]
+    if problem.q <= bq and problem.padding_mode == "zeros":  # the window is cut to the image
+        window = min(window, problem.w)
+    stages = max(1, min(3 if size == 2 else 2, device.shared_bytes // (bk * (bq + rpt * power_of_two(window, 16)) * size)))
+    return BandedConfig(rpt, bq, bk, rpt, 8 if bq >= 32 else 4, stages, split_count(rows, bk, programs, programs=1056))
 
 
 def banded_weight_candidates(problem: ConvProblem, device: Device) -> list[BandedConfig]:

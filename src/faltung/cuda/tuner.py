@@ -7,7 +7,7 @@ Triton, its keys are problem strings and the float32 precision.  ``tuned`` stand
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from ..problem import ConvProblem
 from . import tiling
 from .runtime import INTERPRETED, TORCH_DTYPES, CudaPlan, device, fp32_precision
 
-__all__ = ["TUNED", "Choice", "Measured", "Tuned", "clear", "lookup", "remember", "tune"]
+__all__ = ["TUNED", "Choice", "Measured", "Tuned", "candidates", "clear", "lookup", "remember", "tune"]
 
 _CONFIGS = {c.__name__: c for c in (tiling.IgemmConfig, tiling.WeightConfig, tiling.DepthwiseConfig, tiling.BandedConfig)}
 _FORMAT = 1
@@ -128,6 +128,16 @@ def _time(call: Callable[[], None], repeats: int) -> float:
     return statistics.median(times)
 
 
+def candidates(problem: ConvProblem, limit: int) -> Iterator[tuple[Any, list[Any]]]:
+    """Every implementation that takes ``problem`` by its own choice, with at most ``limit`` of its configurations, the heuristic's first."""
+    for implementation in _candidates():
+        try:
+            implementation.plan(problem, 1)
+        except Unsupported:
+            continue
+        yield implementation, implementation.configs(problem)[:limit]  # type: ignore[attr-defined]
+
+
 def tune(
     problem: ConvProblem, oracle: tuple[Tensor, float], operands: tuple[Tensor, Tensor, Tensor | None], repeats: int = 15, limit: int = 24
 ) -> tuple[Choice | None, list[Measured]]:
@@ -141,12 +151,7 @@ def tune(
     strides = layout.strides_of(problem.result_shape, problem.result_format)
     out = torch.empty_strided(problem.result_shape, strides, dtype=TORCH_DTYPES[problem.dtype], device=source.device)
     measured: list[Measured] = []
-    for implementation in _candidates():
-        try:
-            implementation.plan(problem, 1)
-        except Unsupported:
-            continue
-        tried = implementation.configs(problem)[:limit]  # type: ignore[attr-defined]
+    for implementation, tried in candidates(problem, limit):
         measured += [_measure(implementation, candidate, problem, (source, other, side, out), expected, bound, repeats) for candidate in tried]
     right = [m for m in measured if m.seconds is not None]
     if not right:
