@@ -30,6 +30,9 @@ from .target import Target
 
 __all__ = ["ARGUMENTS", "DirectWeightKernel"]
 
+_WAYS = 4
+"""Sums that the bias gradient of a piece is kept in: one alone waits for its own additions, and its error grows with the length of the piece."""
+
 ARGUMENTS = ArgumentBlock(
     (
         *TILE_ARGUMENTS,
@@ -270,17 +273,21 @@ class _Builder:
             f.loop(wide, count, 1, lambda i: body(i * (size - 1) + wide, size - 1))
 
     def add_bias(self, f: Function, target: Value, panel: Value, length: Value, vectors: int, fresh: Value) -> None:
-        """``target[k] += sum over pixels``: each piece is summed for itself first, which keeps the error of long sums small."""
+        """``target[k] += sum over pixels``: each piece is summed for itself first, in ``_WAYS`` sums, which keeps the error of long sums small."""
         numeric = self.numeric
         step = numeric.lanes * numeric.compute_bytes
 
-        def pixel(i: Value, *sums: Value) -> list[Value]:
+        def pixels(i: Value, *sums: Value) -> list[Value]:
             line = panel + i * (vectors * step)
-            if numeric.pairs:
-                return [add_pairs(f, s, f.load(line + v * step, numeric.vector)) for v, s in enumerate(sums)]
-            return [f.fadd(s, f.load(line + v * step, numeric.vector)) for v, s in enumerate(sums)]
+            lines = [f.load(line + at * step, numeric.vector) for at in range(len(sums))]
+            return [add_pairs(f, s, value) if numeric.pairs else f.fadd(s, value) for s, value in zip(sums, lines)]
 
-        sums = f.loop(0, length, 1, pixel, [f.zero(numeric.vector)] * vectors)
+        whole = length // _WAYS * _WAYS
+        sums = f.loop(0, whole, _WAYS, pixels, [f.zero(numeric.vector)] * (_WAYS * vectors))
+        sums = [*f.loop(whole, length, 1, pixels, sums[:vectors]), *sums[vectors:]]
+        while len(sums) > vectors:
+            half = len(sums) // 2
+            sums = [f.fadd(a, b) for a, b in zip(sums[:half], sums[half:])]
         for v, total in enumerate(sums):
             place = target + v * step
             before = f.select(fresh, f.zero(numeric.vector), f.load(place, numeric.vector))
