@@ -18,6 +18,7 @@ pytest.importorskip("triton")
 from faltung import reference
 from faltung.cuda import tiling
 from faltung.cuda.gather import phases
+from faltung.cuda.indexing import divider
 from faltung.cuda.runtime import Device, alignment
 from faltung.problem import DIRECTIONS, FORMATS, ConvProblem
 
@@ -171,3 +172,14 @@ def test_merged_groups() -> None:
     assert merged("n1c64h8w8k64r3s3 g2") == 1
     assert merged("n1c8h8w8k8r3s3 g8") == 1
     assert merged("n1c21h8w8k21r3s3 g7") == 7
+
+
+@pytest.mark.parametrize("divisor", (1, 2, 3, 7, 49, 56, 641, 3136, 65535, 65536, 65537, 50176, 2**30 + 1, 2**31 - 1))
+def test_division_by_multiplication(divisor: int) -> None:
+    """What the kernels compute with :func:`divider`'s integers, at the edges of every quotient that is tried."""
+    multiplier, shift = divider(divisor)
+    assert -(2**31) <= multiplier < 2**31
+    quotients = {0, 1, 2, 3, (2**31 - 1) // divisor, (2**31 - 1) // divisor // 2, 12345 % ((2**31 - 1) // divisor + 1)}
+    for index in {q * divisor + offset for q in quotients for offset in (-1, 0, 1, divisor - 1)} | {2**31 - 1}:
+        if 0 <= index < 2**31:
+            assert (((multiplier % 2**32) * index >> 32) + index) >> shift == index // divisor
