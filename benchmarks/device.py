@@ -36,10 +36,9 @@ sys.path[:0] = [str(HERE), str(HERE.parent / "src")]
 
 from device_checks import CANDIDATES, TORCH, in_workers, ours_call, precise, random_inputs, sanitize, stock_call, tasks, timed_problems  # noqa: E402
 from faltung import dispatch, testing  # noqa: E402
-from faltung.problem import DIRECTIONS, FORMATS  # noqa: E402
+from faltung.problem import DIRECTIONS, FORMATS, ConvProblem  # noqa: E402
 
 RESULTS = HERE / "results"
-_AHEAD = 2_000_000  # cycles, a millisecond
 
 
 @dataclass(frozen=True)
@@ -73,19 +72,10 @@ class Row:
 # --- times --------------------------------------------------------------------------------------------------------------------------------------
 
 
-def sample(call: Callable[[], object], flush: Tensor) -> float:
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    flush.zero_()
-    torch.cuda._sleep(_AHEAD)  # the device waits until the host has queued the whole call: else gaps between launches would count
-    start.record()
-    call()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3
-
-
 def interleaved(calls: Sequence[Callable[[], object]], flush: Tensor, budget: float = 0.06, least: int = 7, most: int = 41) -> list[list[float]]:
     """Samples of each call, taken in turns."""
+    from faltung.cuda.tuner import sample
+
     for call in calls:
         call()
         call()
@@ -178,12 +168,18 @@ def time_rows(gates: dict[str, dict[str, Any]], dtypes: tuple[str, ...], deadlin
 
 def tune_rows(dtypes: tuple[str, ...], deadline: float) -> None:
     """Search configurations for the timed problems, whose kernels worker processes compile first; every candidate goes to cuda-tuning.csv."""
+    in_workers("compile", 0.55 * (deadline - time.time()), 1, dtypes, RESULTS)
+    with (RESULTS / "cuda-tuning.csv").open("w", newline="", encoding="utf-8", buffering=1) as file:
+        lines = csv.writer(file, lineterminator="\n")
+        lines.writerow(("problem", "implementation", "config", "seconds", "error", "bound", "failure"))
+        _tune_rows(timed_problems(dtypes), lines, deadline)
+    dispatch.clear()
+
+
+def _tune_rows(problems: Sequence[ConvProblem], lines: Any, deadline: float) -> None:
     from faltung.cuda import tuner
 
-    in_workers("compile", 0.55 * (deadline - time.time()), 1, dtypes, RESULTS)
-    lines = csv.writer((RESULTS / "cuda-tuning.csv").open("w", newline="", encoding="utf-8", buffering=1), lineterminator="\n")
-    lines.writerow(("problem", "implementation", "config", "seconds", "error", "bound", "failure"))
-    for problem in timed_problems(dtypes):
+    for problem in problems:
         if time.time() > deadline:
             break
         inputs = random_inputs(problem)
@@ -193,7 +189,6 @@ def tune_rows(dtypes: tuple[str, ...], deadline: float) -> None:
         lines.writerows((problem, m.implementation, m.config, m.seconds, m.error, m.bound, m.failure) for m in measured)
         wrong = [m for m in measured if m.failure]
         print(f"{problem}: {choice}; {len(measured)} tried, {len(wrong)} rejected" + "".join(f"\n    {m}" for m in wrong[:3]), flush=True)
-    dispatch.clear()
 
 
 def summarize(rows: list[Row]) -> None:

@@ -336,7 +336,7 @@ def merged_groups(problem: ConvProblem) -> int:
     that (1: none are)."""
     widest = max(problem.cg, problem.kg)
     most = 64 if DTYPES[problem.dtype] == 2 else 32
-    if widest > most // 2 or problem.cg == 1:
+    if widest >= most // 2 or problem.cg == 1:
         return 1
     return max(d for d in range(1, most // widest + 1) if problem.g % d == 0)
 

@@ -22,7 +22,7 @@ from ..problem import ConvProblem
 from . import tiling
 from .runtime import INTERPRETED, TORCH_DTYPES, CudaPlan, device, fp32_precision
 
-__all__ = ["TUNED", "Choice", "Measured", "Tuned", "candidates", "clear", "lookup", "remember", "tune"]
+__all__ = ["TUNED", "Choice", "Measured", "Tuned", "candidates", "clear", "lookup", "remember", "sample", "tune"]
 
 _CONFIGS = {c.__name__: c for c in (tiling.IgemmConfig, tiling.WeightConfig, tiling.DepthwiseConfig, tiling.BandedConfig)}
 _FORMAT = 1
@@ -109,23 +109,29 @@ def _candidates() -> Iterable[Implementation]:
     return (i for i in IMPLEMENTATIONS if hasattr(i, "configs"))
 
 
+_AHEAD = 2_000_000
+"""Cycles, about a millisecond, that the device waits while the host queues a whole call: else gaps between its launches would count."""
+
+
+def sample(call: Callable[[], object], flush: Tensor) -> float:
+    """Seconds that the device takes for a call, by CUDA events, with the second-level cache overwritten by ``flush`` before."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    flush.zero_()
+    torch.cuda._sleep(_AHEAD)
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
 def _time(call: Callable[[], None], repeats: int) -> float:
-    """Median seconds of a launch, by CUDA events, with the second-level cache overwritten before each; one call in the interpreter."""
+    """Median of a launch's samples; one call in the interpreter."""
     call()
     if INTERPRETED:
         return 0.0
     flush = torch.empty(device().l2_bytes // 2, dtype=torch.int32, device="cuda")
-    times = []
-    for _ in range(repeats):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        flush.zero_()
-        torch.cuda._sleep(1_000_000)  # half a millisecond in which the host queues the call: gaps between launches would count
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1e3)
-    return statistics.median(times)
+    return statistics.median(sample(call, flush) for _ in range(repeats))
 
 
 def candidates(problem: ConvProblem, limit: int) -> Iterator[tuple[Any, list[Any]]]:
