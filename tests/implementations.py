@@ -28,6 +28,10 @@ def _winograd(p: ConvProblem) -> bool:
     return (p.direction, p.stride, p.dilation) == ("forward", (2, 2), (1, 1)) and square and (p.c >= 16 or (p.c <= 4 and p.dtype == "f32"))
 
 
+def _planes(p: ConvProblem) -> bool:
+    return p.format == "nchw" and p.direction != "grad_weight" and p.dtype in ("f32", "f64") and _zero_padded(p)
+
+
 def _matrices(p: ConvProblem) -> bool:
     """Whether the weight and the pixels are matrices in memory as they lie."""
     if p.g != 1 or any(p.padding):
@@ -46,7 +50,7 @@ TAKES: dict[str, Predicate] = {
 }
 """Implementations that take exactly these problems when asked for by name."""
 
-MAY_TAKE: dict[str, Predicate] = {"gemv": _matrices, "grouped": lambda p: _zero_padded(p) and p.g > 1 and not p.depthwise}
+MAY_TAKE: dict[str, Predicate] = {"gemv": _matrices, "planes": _planes, "grouped": lambda p: _zero_padded(p) and p.g > 1 and not p.depthwise}
 """Implementations that refuse where they would not pay, and the only problems that they may take."""
 
 BOUNDS = {"winograd": 1e-5}

@@ -9,11 +9,12 @@ from .direct_weight import DIRECT_WEIGHT
 from .folded import FOLDED
 from .gemv import GEMV
 from .grouped import GROUPED
+from .planes import PLANES
 from .pointwise import POINTWISE
 from .winograd import WINOGRAD
 from .winograd_weight import WINOGRAD_WEIGHT
 
 __all__ = ["IMPLEMENTATIONS"]
 
-IMPLEMENTATIONS: tuple[Implementation, ...] = (FOLDED, DEPTHWISE, GROUPED, GEMV, POINTWISE, WINOGRAD, WINOGRAD_WEIGHT, DIRECT, DIRECT_WEIGHT)
+IMPLEMENTATIONS: tuple[Implementation, ...] = (FOLDED, DEPTHWISE, GROUPED, GEMV, WINOGRAD, WINOGRAD_WEIGHT, PLANES, POINTWISE, DIRECT, DIRECT_WEIGHT)
 """In order of preference."""

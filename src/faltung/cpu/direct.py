@@ -23,12 +23,10 @@ from .geometry import Axis, axes
 from .plan import CpuPlan
 from .target import Target
 from .tile import PAGE, Tile, align, pitches, row_pitch, weight_strides
-from .tiling import Block, choose_block, least_cycles, split_count, tile_candidates, useful_threads
+from .tiling import Block, choose_block, least_cycles, piece_length, split_count, tile_candidates, useful_threads
 
 __all__ = ["DIRECT", "Direct", "DirectConfig", "choose_config", "offered_configs"]
 
-_CHUNK_BYTES = 24 << 10  # of a panel: with the rows that it meets it stays in the first-level cache
-_WHOLE = 192  # terms that are one piece: the first layer's 147 in two pieces take 12 % more time, for a second trip of the sums
 _PAIR_CHUNK = 192  # bfloat16 pairs take half the time: longer pieces, for fewer trips of the sums through memory
 _ROW_CYCLES = 1 / 8  # nhwc: pixels come from the second-level cache, at distances that may share a cache set: 6x4 beats 14x2 by 2 to 15 %
 _PAIR_ROW_CYCLES = 1 / 64  # a row of a pair's tile comes from the second-level cache late: 8x3 and 6x4 beat 14x2 by 1 to 19 % where both fit
@@ -167,7 +165,7 @@ class _Search:
         self.reduction = sum(len(p.taps) for p in rows.phases) * sum(len(p.taps) for p in columns.phases) * self.source_channels
         self.out_vectors = -(-self.out_channels // self.lanes)
         longest = max((len(p.taps) for p in rows.phases), default=0) * max((len(p.taps) for p in columns.phases), default=0) * self.source_channels
-        self.chunk = _PAIR_CHUNK if self.pairs else _chunk(longest, self.out_vectors, self.lanes * self.size)
+        self.chunk = _PAIR_CHUNK if self.pairs else piece_length(longest, self.out_vectors, target.vector_bytes)
         # Every task reads all packed weights: from the second-level cache at no cost, from the third-level one at about 12 bytes a cycle.
         packed_bytes = self.reduction * self.out_channels * self.size
         self.reread = packed_bytes / 12 if packed_bytes > target.l2 // 2 else packed_bytes / 64
@@ -244,14 +242,6 @@ def _even_blocks(tasks: int, panels: int, blocks: int, threads: int) -> int:
         if found >= blocks and tasks * found % threads == 0:
             return found
     return blocks
-
-
-def _chunk(longest: int, out_vectors: int, vector_bytes: int) -> int:
-    """Length of the pieces of a reduction of ``longest`` terms.  Each piece is summed by itself, so it must depend on nothing but the channels, the kernel
-    and the target: it decides the bits.  One long sum would have up to four times the error of PyTorch's."""
-    if longest <= _WHOLE:
-        return _WHOLE
-    return max(32, min(192, _CHUNK_BYTES // (min(4, out_vectors) * vector_bytes) // 16 * 16))
 
 
 class Direct:

@@ -27,7 +27,8 @@ class Micro:
     """``rows`` x ``vectors`` accumulators; ``orientation`` is ``channels`` or ``pixels``; ``unit_pitch``: rows of the gathered operand
     are neighbours in memory; ``masked``: only the first ``lanes_last`` lanes of the last vector are loaded and stored in C; ``rounded``: C is bfloat16;
     ``ahead``: each step asks the second-level cache for one cache line, the step's of those at ``ahead``; ``across``: rows that many
-    apart are neighbours in memory, and as many have places of their own."""
+    apart are neighbours in memory, and as many have places of their own.  With vectors over pixels, ``run``: those of a
+    term follow those of the term before, so no table is read; ``apart``: rows of the panel are ``pitch`` bytes apart and their terms neighbours."""
 
     orientation: str
     rows: int
@@ -37,10 +38,12 @@ class Micro:
     rounded: bool = False
     ahead: bool = False
     across: int = 0
+    run: bool = False
+    apart: bool = False
 
     @property
     def name(self) -> str:
-        flags = "".join(letter for letter, set_ in zip("umba", (self.unit_pitch, self.masked, self.rounded, self.ahead)) if set_)
+        flags = "".join(letter for letter, set_ in zip("umbarp", (self.unit_pitch, self.masked, self.rounded, self.ahead, self.run, self.apart)) if set_)
         return f"micro_{self.orientation}_{self.rows}x{self.vectors}{flags}{self.across or ''}"
 
 
@@ -101,10 +104,10 @@ def emit_micro(module: Module, numeric: Numeric, micro: Micro) -> Function:
 
     start = [f.zero(numeric.vector)] * (micro.rows * micro.vectors)
     gathers_rows = micro.orientation == "channels"
-    pitches = Pitches(f["pitch"]) if gathers_rows and not micro.unit_pitch else None
+    pitches = Pitches(f["pitch"]) if micro.apart or (gathers_rows and not micro.unit_pitch) else None
 
     def step(index: Value, panel: Value, unroll: int, accumulators: list[Value]) -> list[Value]:
-        gathered = f["source"] + f.load_index(f["table"], index)
+        gathered = f["source"] + (index * (micro.vectors * vector_bytes) if micro.run else f.load_index(f["table"], index))
         if micro.ahead:
             f.prefetch(f["ahead"] + index * _LINE, 2)
         result = list(accumulators)
@@ -119,7 +122,7 @@ def emit_micro(module: Module, numeric: Numeric, micro: Micro) -> Function:
                 scalars = pitches.rows(gathered, micro.rows)
         else:
             vectors = [f.load(gathered + v * vector_bytes, numeric.vector) for v in range(micro.vectors)]
-            scalars = [panel + (unroll * micro.rows + m) * size for m in range(micro.rows)]
+            scalars = pitches.rows(panel + unroll * size, micro.rows) if pitches else [panel + (unroll * micro.rows + m) * size for m in range(micro.rows)]
         for m in range(micro.rows):
             scalar = f.splat(f.load(scalars[m], numeric.compute), lanes)
             for v in range(micro.vectors):
@@ -127,7 +130,7 @@ def emit_micro(module: Module, numeric: Numeric, micro: Micro) -> Function:
                 result[i] = dot(f, scalar, vectors[v], result[i]) if numeric.pairs else f.fma(scalar, vectors[v], result[i], fused)
         return result
 
-    stride = micro.vectors * vector_bytes if gathers_rows else micro.rows * size
+    stride = micro.vectors * vector_bytes if gathers_rows else size if micro.apart else micro.rows * size
 
     def turn(unroll: int):  # type: ignore[no-untyped-def]
         def body(index: Value, panel: Value, *accumulators: Value) -> list[Value]:

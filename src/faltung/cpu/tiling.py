@@ -14,12 +14,14 @@ from functools import lru_cache
 from .micro import largest_rows
 from .target import Target
 
-__all__ = ["Block", "choose_block", "least_cycles", "split", "split_count", "tile_candidates", "useful_threads"]
+__all__ = ["Block", "choose_block", "least_cycles", "piece_length", "split", "split_count", "tile_candidates", "useful_threads"]
 
 _CALL_CYCLES = 40.0
 _LATENCY = 4.0
 _MOST_VECTORS = 4
 _STREAM_CYCLES = 1.43  # of a panel's vector from the second-level cache: 22 of 32 bytes a cycle with AVX2
+_CHUNK_BYTES = 24 << 10  # of a panel: with the rows that it meets it stays in the first-level cache
+_WHOLE = 192  # terms that are one piece: the first layer's 147 in two pieces take 12 % more time, for a second trip of the sums
 _FORK_CYCLES = 12_000  # about 3 us: a fork and join costs a third of that, and more where the threads have gone to sleep
 
 
@@ -103,16 +105,17 @@ def choose_block(
     row_cycles: float = 0.0,
     latency: float = _LATENCY,
     piece: int = 0,
+    least_vectors: int = 1,
 ) -> Block:
     """The block that passes over ``row_totals`` rows (each split into pieces of its own) and ``vector_total`` vectors in the fewest cycles.
 
     ``row_cycles``: what reading a row costs in a step, beside the load; ``latency`` of a multiply-add.  ``round_vectors``: the last piece of vectors
     may run over the end (into scratch), so every count of vectors can be split.  ``piece``: steps of a panel that every block of rows reads
-    again, where vectors are a panel's: as long as they fit, from the first-level cache.
+    again, where vectors are a panel's: as long as they fit, from the first-level cache.  ``least_vectors``: blocks of fewer are not considered.
     """
     costs = _row_costs(target, row_totals, chunk, row_cycles, latency, piece)
     least, rows, vectors = math.inf, 0, 0
-    for v in range(1, min(_MOST_VECTORS, vector_total) + 1):
+    for v in range(least_vectors, min(_MOST_VECTORS, vector_total) + 1):
         wide, narrow = split_count(vector_total, v)
         if wide < 0:
             if not round_vectors:
@@ -132,6 +135,14 @@ def choose_block(
 def least_cycles(target: Target, row_totals: tuple[int, ...], chunk: int) -> float:
     """What :func:`choose_block` predicts at least for each of its vectors: cheap, for ruling out tiles."""
     return min(of_wide / (v + 1) for v, costs in enumerate(_row_costs(target, row_totals, chunk, 0.0, _LATENCY, 0)) for _, of_wide, _ in costs)
+
+
+def piece_length(longest: int, out_vectors: int, vector_bytes: int) -> int:
+    """Length of the pieces of a reduction of ``longest`` terms.  Each piece is summed by itself, so it must depend on nothing but the channels, the kernel
+    and the target: it decides the bits.  One long sum would have up to four times the error of PyTorch's."""
+    if longest <= _WHOLE:
+        return _WHOLE
+    return max(32, min(192, _CHUNK_BYTES // (min(4, out_vectors) * vector_bytes) // 16 * 16))
 
 
 def tile_candidates(count: int) -> Iterator[int]:

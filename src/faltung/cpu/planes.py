@@ -1,0 +1,249 @@
+"""Convolution over planes: nchw without packed weights.  Forward with any kernel, grad_input with stride 1, in float32 and float64.
+
+Vectors run over pixels, so what is packed is the image, a few pixels at a time, and the weight of forward is read where it lies.  Packing and transposing a
+weight pays where many pixels use it; layers with hundreds of channels and small images have more weights than pixels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from ..codegen.load import load
+from ..codegen.numeric import Numeric
+from ..dispatch import Unsupported
+from ..problem import ConvProblem
+from . import target as targets
+from .direct import Roles
+from .frozen import Packing
+from .geometry import padded_index
+from .plan import CpuPlan
+from .planes_kernel import ARGUMENTS, PlanesKernel
+from .target import Target
+from .tile import PAGE, align, odd_lines, pitches, weight_strides
+from .tiling import Block, choose_block, piece_length, useful_threads
+
+__all__ = ["PLANES", "Planes", "PlanesConfig", "offered_configs"]
+
+_SLACK = 4096
+_TASK_CYCLES = 400.0
+_PIXEL_CYCLES = 4.0  # to find the place of one pixel for one tap
+_COPY_CYCLES = 2.0  # a vector of pixels that follow each other
+_PICK_CYCLES = 6.0  # a vector of pixels picked one by one
+
+
+@dataclass(frozen=True)
+class PlanesConfig:
+    """``block``: output channels by vectors of pixels; ``run``: pixel blocks of a task, ``k_blocks``: tasks that share the output channels of a run;
+    ``chunk``: terms of a piece of the reduction; ``cycles``: the predicted total of all cores."""
+
+    block: Block
+    blocks: int
+    wide_blocks: int
+    run: int
+    k_blocks: int
+    chunk: int
+    cycles: float
+
+    @property
+    def label(self) -> str:
+        return f"{self.block.rows}x{self.block.vectors} run{self.run} k{self.k_blocks}"
+
+
+class Planes:
+    """The implementation named ``planes``."""
+
+    name = "planes"
+
+    def configs(self, problem: ConvProblem, threads: int) -> list[PlanesConfig]:
+        """What the tuner may choose from, beside the predicted choice."""
+        return [] if _refusal(problem, targets.target()) else offered_configs(problem, targets.target(), threads)
+
+    def plan(self, problem: ConvProblem, threads: int, config: PlanesConfig | None = None) -> CpuPlan:
+        """A plan; raises :class:`Unsupported` for what it does not take, and, where it is not asked for by name, where another one is predicted faster."""
+        target = targets.target()
+        reason = _refusal(problem, target)
+        if reason is not None:
+            raise Unsupported(reason)
+        if config is None:
+            config = offered_configs(problem, target, threads)[0]
+            if (useful := useful_threads(threads, config.cycles, target)) < threads:
+                threads, config = useful, offered_configs(problem, target, useful)[0]
+        return _build_plan(problem, target, threads, config, self.name)
+
+
+PLANES = Planes()
+_PACKING = Packing(ARGUMENTS, "pack_tasks", "tasks")
+
+
+def _refusal(problem: ConvProblem, target: Target) -> str | None:
+    """Why the algorithm does not apply."""
+    roles, numeric = Roles(problem), Numeric(problem.dtype, target)
+    if problem.format != "nchw":
+        return "nhwc: a pixel's channels follow each other there, not a plane's pixels"
+    if problem.direction == "grad_weight":
+        return "grad_weight is direct_weight's"
+    if numeric.converts:
+        return "16-bit results cannot be summed where they are stored"
+    if problem.direction == "grad_input" and (problem.stride != (1, 1) or problem.padding_mode != "zeros"):
+        return "grad_input with stride 1 and zero padding only"
+    if math.prod(roles.out_size) < numeric.lanes:
+        return f"fewer than {numeric.lanes} pixels an image: vectors run over them"
+    if problem.empty:
+        return "nothing to compute"
+    return None
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """What every configuration of a problem shares."""
+
+    problem: ConvProblem
+    target: Target
+
+    @property
+    def roles(self) -> Roles:
+        return Roles(self.problem)
+
+    @property
+    def numeric(self) -> Numeric:
+        return Numeric(self.problem.dtype, self.target)
+
+    @property
+    def taps(self) -> int:
+        return self.problem.r * self.problem.s
+
+    @property
+    def terms(self) -> int:
+        return self.roles.source_channels * self.taps
+
+    @property
+    def pixels(self) -> int:
+        return math.prod(self.roles.out_size)
+
+    @property
+    def joined(self) -> bool:
+        return self.taps == 1 and self.problem.stride == (1, 1) and not any(self.problem.padding)
+
+    def panel_bytes(self, vectors: int) -> int:
+        """From one pixel block's panel to the next."""
+        return odd_lines(self.terms * vectors * self.numeric.lanes * self.numeric.compute_bytes)
+
+
+def offered_configs(problem: ConvProblem, target: Target, threads: int) -> list[PlanesConfig]:
+    """What a tuner may try, the predicted choice first: one configuration for each number of vectors.  All have the same bits."""
+    sizes = _Sizes(problem, target)
+    return sorted(_configurations(sizes, threads), key=lambda config: config.cycles)
+
+
+def _configurations(sizes: _Sizes, threads: int) -> Iterator[PlanesConfig]:
+    roles, numeric, target = sizes.roles, sizes.numeric, sizes.target
+    channels, pixels, terms = roles.out_channels, sizes.pixels, sizes.terms
+    chunk = piece_length(terms, -(-channels // numeric.lanes), target.vector_bytes)
+    pixel_vectors = -(-pixels // numeric.lanes)
+    for vectors in range(1, min(4, pixels // numeric.lanes) + 1):
+        wide, narrow = _blocks(pixel_vectors, vectors)
+        block = choose_block(target, (channels,), vectors, chunk, round_vectors=False, least_vectors=vectors)
+        each = block.cycles * terms + _pack_cycles(sizes, vectors)
+        shorter = each * (vectors - 1) / vectors if narrow else 0.0
+        blocks = wide + narrow
+        mean = (wide * each + narrow * shorter) / blocks
+        pack = _pack_cycles(sizes, vectors)
+        pieces = -(-channels // block.rows)
+        images = sizes.problem.n * sizes.problem.g
+        best = None
+        for k_blocks in range(1, min(pieces, 4 * threads) + 1):
+            for runs in range(1, min(blocks, 8 * threads) + 1):
+                run = -(-blocks // runs)
+                if -(-blocks // run) != runs:
+                    continue
+                tasks = images * runs * k_blocks
+                share = -(-pieces // k_blocks) / pieces
+                task = run * (pack + (mean - pack) * share) + _TASK_CYCLES
+                cycles = math.ceil(tasks / threads) * threads * task
+                if best is None or cycles < best[0]:
+                    best = cycles, run, k_blocks
+        assert best is not None
+        yield PlanesConfig(block, blocks, wide, best[1], best[2], chunk, best[0])
+
+
+def _blocks(total: int, vectors: int) -> tuple[int, int]:
+    """Blocks of ``vectors`` and of one fewer that cover ``total`` vectors, as few as possible."""
+    blocks = -(-total // vectors)
+    narrow = blocks * vectors - total
+    return (blocks - narrow, narrow) if narrow <= blocks and vectors > 1 else (blocks, 0)
+
+
+def _pack_cycles(sizes: _Sizes, vectors: int) -> float:
+    """To pack the panel of one block."""
+    if sizes.joined:
+        return sizes.terms * vectors * _COPY_CYCLES
+    channels, unit = sizes.roles.source_channels, sizes.problem.stride[1] == 1
+    lanes = sizes.numeric.lanes
+    return sizes.taps * vectors * (lanes * _PIXEL_CYCLES + channels * (_COPY_CYCLES if unit and sizes.problem.q >= 2 * lanes else _PICK_CYCLES) + 20)
+
+
+def _build_plan(problem: ConvProblem, target: Target, threads: int, config: PlanesConfig, name: str) -> CpuPlan:
+    sizes = _Sizes(problem, target)
+    roles, numeric, block = sizes.roles, sizes.numeric, config.block
+    size = numeric.compute_bytes
+    channels, terms, packed = roles.out_channels, sizes.terms, not roles.forward
+    pieces = -(-channels // block.rows)
+    narrow_pieces = pieces * block.rows - channels
+    kernel = PlanesKernel(
+        target, problem.dtype, block.rows, block.vectors, narrow_pieces > 0, config.wide_blocks < config.blocks, sizes.joined, packed
+    )  # fmt: skip
+    tables = _tables(sizes)
+    weight, source, out = weight_strides(problem), pitches(problem, roles.forward), pitches(problem, not roles.forward)
+    panel = sizes.panel_bytes(block.vectors)
+    held = max(1, min(config.run, target.l2 // 4 // panel))
+    block_pieces = -(-pieces // config.k_blocks)
+    held_pieces = pieces if held == 1 else max(1, target.l2 // 4 // (terms * block.rows * size))
+    panels_at = align(block.rows * block.vectors * target.vector_bytes)
+    scratch_at = align(problem.g * channels * terms * size, PAGE) if packed else 0
+    scratch_size = align(panels_at + held * panel + _SLACK) + 64 * 9
+    runs, k_blocks = -(-config.blocks // config.run), -(-pieces // block_pieces)
+    by_taps = roles.forward and problem.weight_format == "nhwc"  # the order of the weight's memory
+    vector = target.vector_bytes
+    values = {
+        "pack_tasks": problem.g * pieces if packed else 0, "tasks": problem.n * problem.g * runs * k_blocks, "groups": problem.g, "runs": runs,
+        "run_blocks": config.run, "blocks": config.blocks, "wide_blocks": config.wide_blocks, "held": held, "k_blocks": k_blocks,
+        "block_pieces": block_pieces, "pieces": pieces, "wide_pieces": pieces - narrow_pieces, "held_pieces": held_pieces, "pixels": sizes.pixels,
+        "source_image": source[0], "source_group": source[1] * roles.source_channels, "source_channel": source[1], "channels": roles.source_channels,
+        "taps": sizes.taps, "rows": roles.out_size[0], "columns": roles.out_size[1], "row_table": tables[0].ctypes.data,
+        "column_table": tables[1].ctypes.data, "row_taps": problem.r, "column_taps": problem.s,
+        "term_channel": vector * (1 if by_taps else sizes.taps), "term_tap": vector * (roles.source_channels if by_taps else 1), "terms": terms,
+        "chunk": config.chunk, "out_image": out[0], "out_group": out[1] * channels, "out_channel": out[1], "out_channels": channels,
+        "weight_group": weight[0] * problem.kg, "weight_row": weight[0 if roles.forward else 1], "weight_offsets": tables[2].ctypes.data,
+        "has_bias": int(problem.epilogue.bias and roles.forward), "zeros": tables[3].ctypes.data, "panel_pitch": panel, "scratch_at": scratch_at,
+        "scratch_size": scratch_size, "panels_at": panels_at,
+    }  # fmt: skip
+    facts = {
+        "block": f"{block.rows}x{block.vectors}", "chunk": config.chunk, "tasks": values["tasks"], "run": config.run, "held": held,
+        "held_pieces": held_pieces, "predicted_cycles": config.cycles / threads,
+    }  # fmt: skip
+    loaded = load(kernel.name, target, kernel.emit)
+    return CpuPlan(problem, name, loaded, ARGUMENTS.pack(threads, values), tables, scratch_at + threads * scratch_size, facts, _PACKING if packed else None)
+
+
+def _tables(sizes: _Sizes) -> list[npt.NDArray[np.generic]]:
+    """Source rows' and columns' byte offsets for every tap, -1 for zeros; the weight's byte offset of every term; a zero."""
+    problem, roles = sizes.problem, sizes.roles
+    left, _, top, _ = problem.padding
+    source = pitches(problem, roles.forward)
+    found: list[npt.NDArray[np.generic]] = []
+    for axis, taps, before, pitch in ((0, problem.r, top, source[2]), (1, problem.s, left, source[3])):
+        outputs, tap = np.arange(roles.out_size[axis]), np.arange(taps)[:, None] * problem.dilation[axis]
+        if roles.forward:
+            index = padded_index(outputs * problem.stride[axis] + tap - before, roles.source_size[axis], problem.padding_mode)
+        else:
+            index = padded_index(outputs + before - tap, roles.source_size[axis], "zeros")
+        found.append(np.ascontiguousarray(np.where(index >= 0, index * pitch, -1)))
+    strides = weight_strides(problem)
+    channel = np.arange(roles.source_channels)[:, None, None] * strides[1 if roles.forward else 0]
+    offsets = channel + np.arange(problem.r)[:, None] * strides[2] + np.arange(problem.s) * strides[3]
+    return [*found, np.sort(offsets.ravel()), np.zeros(8, np.float64)]
