@@ -30,7 +30,11 @@ from .tiling import Block, choose_block, piece_length, useful_threads
 __all__ = ["PLANES", "Planes", "PlanesConfig", "offered_configs"]
 
 _SLACK = 4096
+_CROWDED = 1024  # planes this many bytes apart crowd in few sets of the second-level cache, which loses the sums between pieces of the reduction
+_ASIDE_PIECES = 64
 _TASK_CYCLES = 400.0
+_COSTS = {"row_cycles": 1 / 8, "latency": 4.5}  # 4x3 is 5 to 10 % faster than 6x2, which reads the weight at one and a half times its rate, and than 2x4
+_UNEVEN = 0.1  # of a task: cores are never equally fast, and the last task is waited for
 _PIXEL_CYCLES = 4.0  # to find the place of one pixel for one tap
 _COPY_CYCLES = 2.0  # a vector of pixels that follow each other
 _PICK_CYCLES = 6.0  # a vector of pixels picked one by one
@@ -145,9 +149,10 @@ def _configurations(sizes: _Sizes, threads: int) -> Iterator[PlanesConfig]:
     channels, pixels, terms = roles.out_channels, sizes.pixels, sizes.terms
     chunk = piece_length(terms, -(-channels // numeric.lanes), target.vector_bytes)
     pixel_vectors = -(-pixels // numeric.lanes)
-    for vectors in range(1, min(4, pixels // numeric.lanes) + 1):
+    most = min(4, pixels // numeric.lanes)
+    for vectors in range(min(2, most), most + 1):  # blocks of one vector read the weight at twice the rate of two: half the speed and less
         wide, narrow = _blocks(pixel_vectors, vectors)
-        block = choose_block(target, (channels,), vectors, chunk, round_vectors=False, least_vectors=vectors)
+        block = choose_block(target, (channels,), vectors, chunk, round_vectors=False, least_vectors=vectors, **_COSTS)
         each = block.cycles * terms + _pack_cycles(sizes, vectors)
         shorter = each * (vectors - 1) / vectors if narrow else 0.0
         blocks = wide + narrow
@@ -164,7 +169,7 @@ def _configurations(sizes: _Sizes, threads: int) -> Iterator[PlanesConfig]:
                 tasks = images * runs * k_blocks
                 share = -(-pieces // k_blocks) / pieces
                 task = run * (pack + (mean - pack) * share) + _TASK_CYCLES
-                cycles = math.ceil(tasks / threads) * threads * task
+                cycles = (math.ceil(tasks / threads) + _UNEVEN) * threads * task
                 if best is None or cycles < best[0]:
                     best = cycles, run, k_blocks
         assert best is not None
@@ -203,7 +208,11 @@ def _build_plan(problem: ConvProblem, target: Target, threads: int, config: Plan
     held = max(1, min(config.run, target.l2 // 4 // panel))
     block_pieces = -(-pieces // config.k_blocks)
     held_pieces = pieces if held == 1 else max(1, target.l2 // 4 // (terms * block.rows * size))
-    panels_at = align(block.rows * block.vectors * target.vector_bytes)
+    aside = terms > config.chunk and out[1] % _CROWDED == 0
+    if aside:
+        held_pieces = min(held_pieces, _ASIDE_PIECES)
+    sums_at = align(block.rows * block.vectors * target.vector_bytes)
+    panels_at = sums_at + (align(held_pieces * block.rows * block.vectors * target.vector_bytes) if aside else 0)
     scratch_at = align(problem.g * channels * terms * size, PAGE) if packed else 0
     scratch_size = align(panels_at + held * panel + _SLACK) + 64 * 9
     runs, k_blocks = -(-config.blocks // config.run), -(-pieces // block_pieces)
@@ -220,7 +229,7 @@ def _build_plan(problem: ConvProblem, target: Target, threads: int, config: Plan
         "chunk": config.chunk, "out_image": out[0], "out_group": out[1] * channels, "out_channel": out[1], "out_channels": channels,
         "weight_group": weight[0] * problem.kg, "weight_row": weight[0 if roles.forward else 1], "weight_offsets": tables[2].ctypes.data,
         "has_bias": int(problem.epilogue.bias and roles.forward), "zeros": tables[3].ctypes.data, "panel_pitch": panel, "scratch_at": scratch_at,
-        "scratch_size": scratch_size, "panels_at": panels_at,
+        "scratch_size": scratch_size, "panels_at": panels_at, "sums_at": sums_at if aside else 0,
     }  # fmt: skip
     facts = {
         "block": f"{block.rows}x{block.vectors}", "chunk": config.chunk, "tasks": values["tasks"], "run": config.run, "held": held,

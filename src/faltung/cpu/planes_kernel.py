@@ -35,12 +35,13 @@ ARGUMENTS = ArgumentBlock(
         "pack_tasks", "tasks", "groups", "runs", "run_blocks", "blocks", "wide_blocks", "held", "k_blocks", "block_pieces", "pieces", "wide_pieces",
         "held_pieces", "pixels", "source_image", "source_group", "source_channel", "channels", "taps", "columns", "row_table", "column_table", "row_taps",
         "column_taps", "rows", "term_channel", "term_tap", "terms", "chunk", "out_image", "out_group", "out_channel", "out_channels", "weight_group",
-        "weight_row", "weight_offsets", "has_bias", "zeros", "panel_pitch", "scratch_at", "scratch_size", "panels_at",
+        "weight_row", "weight_offsets", "has_bias", "zeros", "panel_pitch", "scratch_at", "scratch_size", "panels_at", "sums_at",
     )
 )  # fmt: skip
 """Pitches are bytes, ``term_channel`` and ``term_tap`` too: in a panel of one vector.  ``rows x columns`` output pixels; ``row_table`` holds, for every
 tap and output row, the source row's byte offset or -1 for zeros, ``column_table`` the same for columns.  ``wide_blocks`` (``wide_pieces``) come first, the
-others are a vector (an output channel) narrower.  ``held`` blocks are packed at a time, ``panel_pitch`` apart, for ``held_pieces`` pieces."""
+others are a vector (an output channel) narrower.  ``held`` blocks are packed at a time, ``panel_pitch`` apart, for ``held_pieces`` pieces.  ``sums_at``: where
+the sums of a block are kept until they are whole, 0 for in the output."""
 
 
 @dataclass(frozen=True)
@@ -153,15 +154,18 @@ class _Builder:
         kernel, numeric = self.kernel, self.numeric
         size, vector = numeric.compute_bytes, numeric.lanes * numeric.compute_bytes
         panel, out = t["panels"] + place * task["panel_pitch"], t["out"] + self.pixel(f, task, index, vectors) * size
-        pitch = task["weight_row"]
+        aside = task["sums_at"] > 0
+        out_pitch = f.select(aside, f.value(vectors * vector), task["out_channel"])
+        origin = self.channel(task, first)
+        sums = f.select(aside, t["scratch"] + task["sums_at"], out + origin * task["out_channel"])
 
         def chunk(term: Value) -> None:
             count, starts = f.minimum(task["terms"] - term, task["chunk"]), term.equals(0)
-            init_pitch = f.select(starts, f.value(vectors * vector), task["out_channel"])
+            init_pitch = f.select(starts, f.value(vectors * vector), out_pitch)
 
             def rows(piece: Value, height: int) -> None:
                 channel = self.channel(task, piece)
-                c = out + channel * task["out_channel"]
+                c = sums + (channel - origin) * out_pitch
                 if kernel.packed:
                     weight = task.workspace + ((t["group"] * task["out_channels"] + channel) * task["terms"] + term * height) * size
                 else:
@@ -172,11 +176,12 @@ class _Builder:
                     step = f.select(known, f.value(size), f.value(0))
                     for m in range(height):
                         value = f.splat(f.load(bias + step * m, numeric.compute), numeric.lanes)
+                        f.prefetch(out + (channel + m) * task["out_channel"] + vectors * vector, 2)
                         for v in range(vectors):
                             f.store(value, t["scratch"] + (m * vectors + v) * vector)
                 call_micro(
                     f, self.micros[height, vectors], source=panel + term * (vectors * vector), panel=weight, c=c, init=f.select(starts, t["scratch"], c),
-                    table=panel, count=count, pitch=pitch, c_pitch=task["out_channel"], init_pitch=init_pitch, lanes_last=f.value(numeric.lanes),
+                    table=panel, count=count, pitch=task["weight_row"], c_pitch=out_pitch, init_pitch=init_pitch, lanes_last=f.value(numeric.lanes),
                 )  # fmt: skip
 
             split = f.maximum(f.minimum(task["wide_pieces"], last), first)
@@ -185,6 +190,14 @@ class _Builder:
                 f.loop(split, last, 1, lambda i: rows(i, kernel.rows - 1))
 
         f.loop(0, task["terms"], task["chunk"], chunk)
+
+        def copy(channel: Value) -> None:
+            source, target = sums + (channel - origin) * out_pitch, out + channel * task["out_channel"]
+            for v in range(vectors):
+                f.store(f.load(source + v * vector, numeric.vector), target + v * vector)
+
+        with f.when(aside):
+            f.loop(origin, f.minimum(self.channel(task, last), task["out_channels"]), 1, copy)
 
     def _emit_pack(self, module: Module, vectors: int) -> Function:
         """``pack_pixels(block, source, panel, pixel)``: the panel of the block that starts at output ``pixel``, of one image and group."""
@@ -202,6 +215,7 @@ class _Builder:
         def channel(_: Value, source: Value, panel: Value) -> list[Value]:
             for v in range(vectors):
                 f.store(f.load(source + v * vector, self.numeric.vector), panel + v * vector)
+            f.prefetch(source + vectors * vector, 2)  # the next block's: a line of each plane is no stream that the processor sees
             return [source + self._argument(f, "source_channel"), panel + vectors * vector]
 
         f.loop(0, self._argument(f, "channels"), 1, channel, [f["source"] + f["pixel"] * size, f["panel"]])
