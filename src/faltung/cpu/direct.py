@@ -170,11 +170,15 @@ class _Search:
         packed_bytes = self.reduction * self.out_channels * self.size
         self.reread = packed_bytes / 12 if packed_bytes > target.l2 // 2 else packed_bytes / 64
         self.slow = _PAIR_PIXELS if self.pairs else 1.0 if problem.format == "nchw" else _PIXELS
+        # One small image with many channels: as one tile its weights are packed at use, which saves more than the tile, read from the third-level cache, costs.
+        self.alone = problem.n == 1 and orientation == "channels" and packed_bytes > target.l2
         self.least = 0.0 if orientation == "channels" else least_cycles(target, (self.out_channels,), _PIXELS_CHUNK)
 
     def fits(self, tile_p: int, tile_q: int) -> bool:
-        scratch = self.lines.rows(tile_p).scratch * self.lines.columns(tile_q).scratch
-        return scratch * self.source_channels * self.size <= self.target.l2 // 2
+        scratch = self.lines.rows(tile_p).scratch * self.lines.columns(tile_q).scratch * self.source_channels * self.size
+        if self.alone and tile_p >= self.row_count and tile_q >= self.column_count:
+            return scratch <= self.target.l2 * 2
+        return scratch <= self.target.l2 // 2
 
     def best(self, best: DirectConfig | None) -> DirectConfig:
         """The first of the fastest configurations, or ``best`` where none is faster."""
@@ -271,30 +275,33 @@ DIRECT = Direct()
 _PACKING = Packing(ARGUMENTS, "pack_tasks", "tasks")
 
 
-def build_plan(problem: ConvProblem, target: Target, threads: int, config: DirectConfig, name: str) -> CpuPlan:
-    """Tables, kernel and argument block for a configuration."""
+def build_plan(problem: ConvProblem, target: Target, threads: int, config: DirectConfig, name: str, kept: bool = False) -> CpuPlan:
+    """Tables, kernel and argument block for a configuration; ``kept``: with a stage that packs all weights, for a plan that keeps them."""
     roles, numeric = Roles(problem), Numeric(problem.dtype, target)
     rows, columns = axes(problem, config.tile, dense=config.layout == "inner")
-    kernel = _kernel(problem, roles, numeric, config, columns)
+    at_use = not kept and config.orientation == "channels" and problem.n * -(-rows.count // config.tile[0]) * -(-columns.count // config.tile[1]) == 1
+    kernel = _kernel(problem, roles, numeric, config, columns, at_use)
     size = numeric.compute_bytes
     # Where the source is read in place, the tile's pixels are as far apart as its channels are many, those of other groups included.
     channels = numeric.elements(roles.source_channels) * (1 if config.packed else problem.g)
     tile = Tile(rows, columns, config.layout, channels, size, pitches(problem, roles.forward), config.packed, config.block.rows)
     layout = _Layout(roles, numeric, config, kernel, tile, len(columns.phases))
     phases = _Phases(problem, roles, numeric, layout, tile, rows, columns)
-    values = _values(problem, roles, numeric, config, layout, tile, phases, rows, columns)
+    values = _values(problem, roles, numeric, config, layout, tile, phases, rows, columns, at_use)
     block = ARGUMENTS.pack(threads, values)
     facts = {
         "orientation": config.orientation, "block": f"{config.block.rows}x{config.block.vectors}", "tile": f"{config.tile[0]}x{config.tile[1]}",
         "chunk": config.chunk, "tasks": values["tasks"], "predicted_cycles": config.cycles / threads,
     }  # fmt: skip
     workspace_bytes = values["scratch_at"] + threads * values["scratch_size"]
-    return CpuPlan(
-        problem, name, load(kernel.name, target, kernel.emit), block, [*tile.tables, *phases.tables, phases.records], workspace_bytes, facts, _PACKING
-    )
+    tables = [*tile.tables, *phases.tables, phases.records]
+    plan = CpuPlan(problem, name, load(kernel.name, target, kernel.emit), block, tables, workspace_bytes, facts, None if at_use else _PACKING)
+    if at_use:
+        plan.when_frozen = lambda: build_plan(problem, target, threads, config, name, kept=True)
+    return plan
 
 
-def _kernel(problem: ConvProblem, roles: Roles, numeric: Numeric, config: DirectConfig, columns: Axis) -> DirectKernel:
+def _kernel(problem: ConvProblem, roles: Roles, numeric: Numeric, config: DirectConfig, columns: Axis, at_use: bool) -> DirectKernel:
     lanes, block = numeric.lanes, config.block
     partial = roles.out_channels % lanes != 0
     channels = config.orientation == "channels"
@@ -310,7 +317,7 @@ def _kernel(problem: ConvProblem, roles: Roles, numeric: Numeric, config: Direct
     return DirectKernel(
         numeric.target, problem.dtype, problem.format, config.orientation, config.layout, min(columns.step, 3), block.rows, block.vectors,
         narrow_rows, narrow_vectors, partial and in_place, in_place, 1 if channels else max(1, len(columns.phases)), config.packed,
-        _spread(problem, roles, numeric, config), _apart(problem, roles, numeric, channels),
+        _spread(problem, roles, numeric, config), _apart(problem, roles, numeric, channels), at_use,
     )  # fmt: skip
 
 
@@ -350,7 +357,9 @@ class _Layout:
             # Not a multiple of the page, where neighbouring planes would fall into the same cache sets.
             self.c_channel = align((pixels + 4 * lanes) * size) + 64
             c = max(1, phases) * self.padded * self.c_channel
-        self.scratch_size = align(self.c_at + c + _SLACK) + 64 * 9
+        self.panel_at = align(self.c_at + c + _SLACK)
+        panel = (config.chunk + 1) * kernel.vectors * lanes * size + _SLACK if kernel.at_use else 0
+        self.scratch_size = align(self.panel_at + panel) + 64 * 9
 
 
 class _Phases:
@@ -390,7 +399,16 @@ class _Phases:
 
 
 def _values(
-    problem: ConvProblem, roles: Roles, numeric: Numeric, config: DirectConfig, layout: _Layout, tile: Tile, phases: _Phases, rows: Axis, columns: Axis
+    problem: ConvProblem,
+    roles: Roles,
+    numeric: Numeric,
+    config: DirectConfig,
+    layout: _Layout,
+    tile: Tile,
+    phases: _Phases,
+    rows: Axis,
+    columns: Axis,
+    at_use: bool,
 ) -> dict[str, int]:
     """The argument block's values by name."""
     source, out = pitches(problem, roles.forward), pitches(problem, not roles.forward)
@@ -401,7 +419,7 @@ def _values(
     bias_group = layout.padded * numeric.compute_bytes
     return {
         **tile.arguments(),
-        "pack_tasks": len(phases.records) * problem.g * layout.panels, "tasks": problem.n * problem.g * p_tiles * q_tiles * k_blocks,
+        "pack_tasks": 0 if at_use else len(phases.records) * problem.g * layout.panels, "tasks": problem.n * problem.g * p_tiles * q_tiles * k_blocks,
         "phases": phases.records.ctypes.data, "row_phases": len(rows.phases), "column_phases": len(columns.phases),
         "p_tiles": p_tiles, "q_tiles": q_tiles, "tile_p": config.tile[0], "tile_q": config.tile[1], "k_blocks": k_blocks, "block_panels": block_panels,
         "wide_panels": layout.wide, "panels": layout.panels, "groups": problem.g, "source_channels": roles.source_channels,
@@ -411,6 +429,7 @@ def _values(
         "weight_contiguous": (phases.runs[0] if len(set(phases.runs)) == 1 else 1) if numeric.pairs else int(phases.contiguous),
         "weight_distance": strides[1 if roles.forward else 0], "bias_at": phases.packed_bytes, "bias_group": bias_group,
         "has_bias": int(problem.epilogue.bias and roles.forward),
-        "scratch_at": align(phases.packed_bytes + problem.g * bias_group + 64, PAGE), "scratch_size": layout.scratch_size,
+        "scratch_at": 0 if at_use else align(phases.packed_bytes + problem.g * bias_group + 64, PAGE), "scratch_size": layout.scratch_size,
         "start_at": layout.start_at, "c_at": layout.c_at, "c_channel": layout.c_channel, "column_advance": columns.advance,
+        "panel_at": layout.panel_at,
     }  # fmt: skip

@@ -2,10 +2,10 @@
 
 Loop nest (forward and grad_input; a *phase* is one residue of the output index by the stride, forward has one)::
 
-    stage 1, for each phase, group and panel of output channels:     pack the weight panel; convert the bias
+    stage 1, for each phase, group and panel of output channels:     pack the weight panel; convert the bias      (unless packed at use)
     stage 2, for each image, group, tile of output rows and columns, block of panels:
         pack the tile of the source                                  padding, stride, dilation, type, format end here
-        for each phase of rows and columns, piece of the reduction:  micro-kernels
+        for each phase of rows and columns, piece of the reduction:  pack the panel's piece (at use); micro-kernels
         store                                                        type, format, phases
 
 ``channels`` orientation: vectors over output channels, rows over pixels.  ``pixels``: vectors over pixels of whole rows (their gaps
@@ -39,13 +39,13 @@ ARGUMENTS = ArgumentBlock(
         "pack_tasks", "tasks", "phases", "row_phases", "column_phases", "p_tiles", "q_tiles", "tile_p", "tile_q", "k_blocks", "block_panels",
         "wide_panels", "panels", "groups", "source_channels", "out_channels", "source_image", "source_group", "out_image", "out_group", "out_row", "out_column",
         "out_channel", "chunk", "weight_group", "weight_pitch", "weight_contiguous", "bias_at", "bias_group", "has_bias",
-        "scratch_at", "scratch_size", "start_at", "c_at", "c_channel", "column_advance", "weight_distance",
+        "scratch_at", "scratch_size", "start_at", "c_at", "c_channel", "column_advance", "weight_distance", "panel_at",
     )
 )  # fmt: skip
 """Pitches are bytes.  ``weight_contiguous``: whether neighbouring terms of the reduction are neighbours in the weight's memory; in pairs of bfloat16,
 whose halves are ``weight_distance`` apart there, how many are.  ``wide_panels`` come first, the others are one vector (``channels``) or one row
 (``pixels``) narrower; ``start_at`` is where a thread's scratch has room for one micro-kernel's start values, ``c_at`` and ``c_channel`` place the
-accumulators there."""
+accumulators there, ``panel_at`` the bias and the piece of a panel that is packed at use."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,8 @@ class DirectKernel:
     piece of the reduction is added there, the others in scratch.
     ``phases``: column phases that the store interleaves (1, 2, or more).  ``packed``: the tile is copied to scratch; where it is not, the
     micro-kernels read the source itself (1x1 kernels over pixels in a row, whose channels are neighbours in memory).  ``spread``: see
-    :func:`faltung.cpu.pack.emit_pack_tile`; ``apart``: :func:`faltung.cpu.pack.emit_pack_panel`.
+    :func:`faltung.cpu.pack.emit_pack_tile`; ``apart``: :func:`faltung.cpu.pack.emit_pack_panel`.  ``at_use`` (``channels`` only): where one task uses a panel,
+    it packs it itself, piece by piece, into the first-level cache: a packed weight of 16 MB would go to memory and come back.
     """
 
     target: Target
@@ -76,10 +77,13 @@ class DirectKernel:
     packed: bool = True
     spread: int = 0
     apart: int = 0
+    at_use: bool = False
 
     @property
     def name(self) -> str:
-        flags = "".join(letter for letter, set_ in zip("rvmiu", (self.narrow_rows, self.narrow_vectors, self.masked, self.in_place, not self.packed)) if set_)
+        flags = "".join(
+            letter for letter, set_ in zip("rvmiup", (self.narrow_rows, self.narrow_vectors, self.masked, self.in_place, not self.packed, self.at_use)) if set_
+        )
         tail = (f"_{flags}" if flags else "") + (f"_c{self.spread}" if self.spread else "") + (f"_a{self.apart}" if self.apart else "")
         block = f"{self.rows}x{self.vectors}_st{self.step}_ph{self.phases}"
         return f"direct_{self.dtype}_{self.format}_{self.orientation}_{self.layout}_{block}{tail}_{self.target.isa}"
@@ -121,33 +125,37 @@ class _Builder:
     def pack_stage(self, f: Function, task: Task) -> Callable[[Value], None]:
         numeric = self.numeric
         wide, narrow = self.widths
-        weight, bias, workspace = task.operand("other"), task.operand("bias"), task.workspace
+        workspace = task.workspace
 
         def body(index: Value) -> None:
-            panels, groups, total = task["panels"], task["groups"], task["out_channels"]
+            panels, groups = task["panels"], task["groups"]
             panel, rest = index % panels, index // panels
             group, phase_index = rest % groups, rest // groups
             phase = load_phase(f, task.table("phases") + phase_index * (8 * len(PHASE_FIELDS)))
             start = self.panel_start(f, task["wide_panels"], panel)
             width = f.select(panel < task["wide_panels"], f.value(wide), f.value(narrow))
-            source = weight + group * task["weight_group"] + start * task["weight_pitch"]
             target = workspace + phase["packed"] + (group * self.padded(f, task) + start) * phase["count"] * numeric.compute_bytes
-            arguments = [source, target, f.to_pointer(phase["weight_offsets"]), phase["count"], total - start, width]
-            distance = [task["weight_distance"]] if numeric.pairs else []
-            f.call(self.pack_panel, [*arguments, task["weight_pitch"], *distance, task["weight_contiguous"]])
+            self.pack_piece(f, task, group, start, width, target, phase["weight_offsets"], phase["count"])
             with f.when(phase_index.equals(0)):
-                self._pack_bias(f, task, bias, workspace, group, start, width)
+                self.pack_bias(f, task, workspace + task["bias_at"] + group * task["bias_group"] + start * numeric.compute_bytes, group, start, width)
 
         return body
+
+    def pack_piece(self, f: Function, task: Task, group: Value, start: Value, width: Value, target: Value, offsets: Value, count: Value) -> None:
+        """Pack ``count`` terms, whose weights' offsets are at the address ``offsets``, of the panel that begins at output channel ``start``."""
+        source = task.operand("other") + group * task["weight_group"] + start * task["weight_pitch"]
+        distance = [task["weight_distance"]] if self.numeric.pairs else []
+        arguments = [source, target, f.to_pointer(offsets), count, task["out_channels"] - start, width, task["weight_pitch"]]
+        f.call(self.pack_panel, [*arguments, *distance, task["weight_contiguous"]])
 
     def padded(self, f: Function, task: Task) -> Value:
         """Output channels of a group, rounded up to whole panels."""
         return self.panel_start(f, task["wide_panels"], task["panels"])
 
-    def _pack_bias(self, f: Function, task: Task, bias: Value, workspace: Value, group: Value, start: Value, width: Value) -> None:
+    def pack_bias(self, f: Function, task: Task, target: Value, group: Value, start: Value, width: Value) -> None:
+        """The bias of ``width`` output channels in the compute type, zeros where there is none."""
         numeric, total = self.numeric, task["out_channels"]
-        target = workspace + task["bias_at"] + group * task["bias_group"] + start * numeric.compute_bytes
-        source = bias + (group * total + start) * numeric.memory_bytes
+        source = task.operand("bias") + (group * total + start) * numeric.memory_bytes
         known = f.select(task["has_bias"] > 0, f.maximum(f.minimum(total - start, width), 0), f.value(0))
         size, memory = numeric.compute_bytes, numeric.memory_bytes
         f.loop(0, known, 1, lambda j: f.store(numeric.load(f, source + j * memory, 1), target + j * size))
@@ -244,7 +252,7 @@ class _Channels(_Builder):
         self.last_micros: dict[tuple[int, int], Function] = {}
         for vectors in (kernel.vectors, kernel.vectors - 1)[: 2 if kernel.narrow_vectors else 1]:
             for rows in (kernel.rows, kernel.rows - 1)[: 2 if kernel.narrow_rows else 1]:
-                micro = Micro("channels", rows, vectors, unit_pitch=kernel.layout != "inner", masked=kernel.masked and kernel.in_place, ahead=True)
+                micro = Micro("channels", rows, vectors, unit_pitch=kernel.layout != "inner", masked=kernel.masked and kernel.in_place, ahead=not kernel.at_use)
                 self.micros[rows, vectors] = emit_micro(module, numeric, micro)
                 if kernel.in_place and numeric.pairs:
                     self.last_micros[rows, vectors] = emit_micro(module, numeric, replace(micro, rounded=True))
@@ -272,8 +280,11 @@ class _Channels(_Builder):
         numeric, kernel = self.numeric, self.kernel
         size, width = numeric.compute_bytes, vectors * numeric.lanes
         start = self.panel_start(f, task["wide_panels"], index)
-        bias = t["bias"] + start * size
-        panel = phase["panels"] + start * phase["count"] * size
+        bias, panel = t["bias"] + start * size, phase["panels"] + start * phase["count"] * size
+        if kernel.at_use:
+            bias = t["scratch"] + task["panel_at"]
+            panel = bias + width * size
+            self.pack_bias(f, task, bias, t["group"], start, f.value(width))
         valid = f.minimum(task["out_channels"] - start, width)
         out = out + start * task["out_channel"]
         if kernel.in_place:
@@ -289,6 +300,11 @@ class _Channels(_Builder):
 
         def chunk(t0: Value, length: Value, table: Value, first: Value) -> None:
             init_pitch = f.select(first, f.value(0), c_column)
+            piece_panel = panel
+            if kernel.at_use:
+                self.pack_piece(f, task, t["group"], start, f.value(width), panel, phase["weight_offsets"] + t0 * 8, length)
+            else:
+                piece_panel = panel + t0 * (width * size)
 
             def rows_to(micros: dict[tuple[int, int], Function], to: Value, to_row: Value, to_column: Value) -> None:
                 def row(p: Value) -> None:
@@ -300,7 +316,7 @@ class _Channels(_Builder):
                         if not kernel.packed:
                             ahead = self.tile_ahead(f, task, t, phase, (index - t["first_panel"]) * phase["count"] + t0, number * length, ahead)
                         call_micro(
-                            f, micros[rows, vectors], source=start_of(p, q, index_of_piece), panel=panel + t0 * (width * size),
+                            f, micros[rows, vectors], source=start_of(p, q, index_of_piece), panel=piece_panel,
                             c=place if to is c else to + p * to_row + q * to_column, init=f.select(first, bias, place), table=table, count=length, pitch=pitch,
                             c_pitch=to_column, init_pitch=init_pitch, lanes_last=lanes_last, ahead=ahead,
                         )  # fmt: skip

@@ -22,7 +22,7 @@ from .direct import Roles
 from .frozen import Packing
 from .geometry import padded_index
 from .plan import CpuPlan
-from .planes_kernel import ARGUMENTS, PlanesKernel
+from .planes_kernel import ARGUMENTS, PACK_TERMS, PlanesKernel
 from .target import Target
 from .tile import PAGE, align, odd_lines, pitches, weight_strides
 from .tiling import Block, choose_block, piece_length, useful_threads
@@ -31,7 +31,8 @@ __all__ = ["PLANES", "Planes", "PlanesConfig", "offered_configs"]
 
 _SLACK = 4096
 _CROWDED = 1024  # planes this many bytes apart crowd in few sets of the second-level cache, which loses the sums between pieces of the reduction
-_ASIDE_PIECES = 64
+_CROWDED_PIECES = 64
+_HELD_PIECES = 256
 _TASK_CYCLES = 400.0
 _COSTS = {"row_cycles": 1 / 8, "latency": 4.5}  # 4x3 is 5 to 10 % faster than 6x2, which reads the weight at one and a half times its rate, and than 2x4
 _UNEVEN = 0.1  # of a task: cores are never equally fast, and the last task is waited for
@@ -208,18 +209,19 @@ def _build_plan(problem: ConvProblem, target: Target, threads: int, config: Plan
     held = max(1, min(config.run, target.l2 // 4 // panel))
     block_pieces = -(-pieces // config.k_blocks)
     held_pieces = pieces if held == 1 else max(1, target.l2 // 4 // (terms * block.rows * size))
-    aside = terms > config.chunk and out[1] % _CROWDED == 0
-    if aside:
-        held_pieces = min(held_pieces, _ASIDE_PIECES)
+    summed = terms > config.chunk  # in pieces
+    crowded = summed and out[1] % _CROWDED == 0
+    held_pieces = min(held_pieces, _CROWDED_PIECES if crowded else _HELD_PIECES)
     sums_at = align(block.rows * block.vectors * target.vector_bytes)
-    panels_at = sums_at + (align(held_pieces * block.rows * block.vectors * target.vector_bytes) if aside else 0)
+    panels_at = sums_at + (align(held_pieces * block.rows * block.vectors * target.vector_bytes) if summed else 0)
     scratch_at = align(problem.g * channels * terms * size, PAGE) if packed else 0
     scratch_size = align(panels_at + held * panel + _SLACK) + 64 * 9
     runs, k_blocks = -(-config.blocks // config.run), -(-pieces // block_pieces)
     by_taps = roles.forward and problem.weight_format == "nhwc"  # the order of the weight's memory
-    vector = target.vector_bytes
+    vector, pack_shares = target.vector_bytes, -(-terms // PACK_TERMS)
     values = {
-        "pack_tasks": problem.g * pieces if packed else 0, "tasks": problem.n * problem.g * runs * k_blocks, "groups": problem.g, "runs": runs,
+        "pack_tasks": problem.g * pack_shares if packed else 0, "pack_shares": pack_shares,
+        "tasks": problem.n * problem.g * runs * k_blocks, "groups": problem.g, "runs": runs,
         "run_blocks": config.run, "blocks": config.blocks, "wide_blocks": config.wide_blocks, "held": held, "k_blocks": k_blocks,
         "block_pieces": block_pieces, "pieces": pieces, "wide_pieces": pieces - narrow_pieces, "held_pieces": held_pieces, "pixels": sizes.pixels,
         "source_image": source[0], "source_group": source[1] * roles.source_channels, "source_channel": source[1], "channels": roles.source_channels,
@@ -229,7 +231,7 @@ def _build_plan(problem: ConvProblem, target: Target, threads: int, config: Plan
         "chunk": config.chunk, "out_image": out[0], "out_group": out[1] * channels, "out_channel": out[1], "out_channels": channels,
         "weight_group": weight[0] * problem.kg, "weight_row": weight[0 if roles.forward else 1], "weight_offsets": tables[2].ctypes.data,
         "has_bias": int(problem.epilogue.bias and roles.forward), "zeros": tables[3].ctypes.data, "panel_pitch": panel, "scratch_at": scratch_at,
-        "scratch_size": scratch_size, "panels_at": panels_at, "sums_at": sums_at if aside else 0,
+        "scratch_size": scratch_size, "panels_at": panels_at, "sums_at": sums_at, "crowded": int(crowded),
     }  # fmt: skip
     facts = {
         "block": f"{block.rows}x{block.vectors}", "chunk": config.chunk, "tasks": values["tasks"], "run": config.run, "held": held,

@@ -2,7 +2,7 @@
 
 Loop nest (forward; grad_input at stride 1, whose weights are packed first)::
 
-    stage 1, for each group and piece of output channels:            pack the weight ``[t][rows]``   (grad_input only)
+    stage 1, for each group and a few terms:                         pack the weight, ``[t][rows]`` for each piece of output channels   (grad_input only)
     stage 2, for each image, group, run of pixel blocks, block of output channels:
         for a few pixel blocks at a time (as many as the second-level cache holds):
             pack each:  panel[t][pixels] = source[channel of t][pixel moved by tap of t]             padding, stride, dilation end here
@@ -22,10 +22,12 @@ from ..codegen.emit import Function, Module, Value, vector_type
 from ..codegen.entry import ArgumentBlock, Task, emit_entry
 from ..codegen.numeric import Numeric
 from .micro import Micro, call_micro, emit_micro
-from .pack import emit_pack_panel
 from .target import Target
 
-__all__ = ["ARGUMENTS", "MOST_PIXELS", "PlanesKernel"]
+__all__ = ["ARGUMENTS", "MOST_PIXELS", "PACK_TERMS", "PlanesKernel"]
+
+PACK_TERMS = 64
+"""Terms of the reduction that a task of the first stage packs."""
 
 MOST_PIXELS = 64
 """Of a block: four vectors of 16 lanes."""
@@ -35,13 +37,13 @@ ARGUMENTS = ArgumentBlock(
         "pack_tasks", "tasks", "groups", "runs", "run_blocks", "blocks", "wide_blocks", "held", "k_blocks", "block_pieces", "pieces", "wide_pieces",
         "held_pieces", "pixels", "source_image", "source_group", "source_channel", "channels", "taps", "columns", "row_table", "column_table", "row_taps",
         "column_taps", "rows", "term_channel", "term_tap", "terms", "chunk", "out_image", "out_group", "out_channel", "out_channels", "weight_group",
-        "weight_row", "weight_offsets", "has_bias", "zeros", "panel_pitch", "scratch_at", "scratch_size", "panels_at", "sums_at",
+        "weight_row", "weight_offsets", "has_bias", "zeros", "panel_pitch", "scratch_at", "scratch_size", "panels_at", "sums_at", "crowded", "pack_shares",
     )
 )  # fmt: skip
 """Pitches are bytes, ``term_channel`` and ``term_tap`` too: in a panel of one vector.  ``rows x columns`` output pixels; ``row_table`` holds, for every
 tap and output row, the source row's byte offset or -1 for zeros, ``column_table`` the same for columns.  ``wide_blocks`` (``wide_pieces``) come first, the
 others are a vector (an output channel) narrower.  ``held`` blocks are packed at a time, ``panel_pitch`` apart, for ``held_pieces`` pieces.  ``sums_at``: where
-the sums of a block are kept until they are whole, 0 for in the output."""
+the sums of a block are kept until they are whole, if ``crowded`` or where it ends in another's pixels; else in the output."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,6 @@ class PlanesKernel:
 class _Builder:
     def __init__(self, kernel: PlanesKernel, module: Module, numeric: Numeric) -> None:
         self.kernel, self.numeric = kernel, numeric
-        self.pack_panel = emit_pack_panel(module, numeric) if kernel.packed else None
         self.widths = (kernel.vectors, kernel.vectors - 1)[: 2 if kernel.narrow_vectors else 1]
         self.heights = (kernel.rows, kernel.rows - 1)[: 2 if kernel.narrow_rows else 1]
         self.micros = {
@@ -89,18 +90,37 @@ class _Builder:
         return piece * (self.kernel.rows - 1) + task.f.minimum(piece, task["wide_pieces"])
 
     def pack_stage(self, f: Function, task: Task) -> Callable[[Value], None]:
-        def body(index: Value) -> None:
-            if self.pack_panel is None:
-                return
-            pieces, size = task["pieces"], self.numeric.compute_bytes
-            piece, group = index % pieces, index // pieces
-            channel = self.channel(task, piece)
-            height = f.select(piece < task["wide_pieces"], f.value(self.kernel.rows), f.value(self.kernel.rows - 1))
-            source = task.operand("other") + group * task["weight_group"] + channel * task["weight_row"]
-            target = task.workspace + (group * task["out_channels"] + channel) * task["terms"] * size
-            f.call(self.pack_panel, [source, target, task.table("weight_offsets"), task["terms"], height, height, task["weight_row"], f.value(0)])
+        """A task takes some terms for all output channels, so that lines of the weight which several pieces need are read once."""
+        size = self.numeric.compute_bytes
 
-        return body
+        def copy(source: Value, target: Value, height: int) -> None:
+            def neighbours() -> None:
+                f.store(f.load(source, vector_type(self.numeric.compute, height)), target)
+
+            def apart() -> None:
+                for m in range(height):
+                    f.store(f.load(source + task["weight_row"] * m, self.numeric.compute), target + m * size)
+
+            f.branch(task["weight_row"].equals(size), neighbours, apart)
+
+        def body(index: Value) -> None:
+            shares = task["pack_shares"]
+            share, group = index % shares, index // shares
+            start = share * PACK_TERMS
+            stop = f.minimum(start + PACK_TERMS, task["terms"])
+            offsets, weight = task.table("weight_offsets"), task.operand("other") + group * task["weight_group"]
+
+            def piece(index: Value, height: int) -> None:
+                channel = self.channel(task, index)
+                source = weight + channel * task["weight_row"]
+                target = task.workspace + (group * task["out_channels"] + channel) * task["terms"] * size
+                f.loop(start, stop, 1, lambda t: copy(source + f.load_index(offsets, t), target + t * (height * size), height))
+
+            f.loop(0, task["wide_pieces"], 1, lambda i: piece(i, self.kernel.rows))
+            if self.kernel.narrow_rows:
+                f.loop(task["wide_pieces"], task["pieces"], 1, lambda i: piece(i, self.kernel.rows - 1))
+
+        return body if self.kernel.packed else lambda _: None
 
     def compute_stage(self, f: Function, task: Task) -> Callable[[Value], None]:
         def body(index: Value) -> None:
@@ -137,15 +157,16 @@ class _Builder:
         if self.kernel.narrow_vectors:
             f.loop(split, stop, 1, lambda i: body(i, self.kernel.vectors - 1))
 
-    def pixel(self, f: Function, task: Task, index: Value, vectors: int) -> Value:
-        """First pixel of a block: the last block begins early rather than run over the end."""
+    def pixel(self, f: Function, task: Task, index: Value, vectors: int) -> tuple[Value, Value]:
+        """First pixel of a block, and how many of its pixels are another block's: the last one begins early rather than run over the end."""
         lanes = self.numeric.lanes
         start = (index * (self.kernel.vectors - 1) + f.minimum(index, task["wide_blocks"])) * lanes
-        return f.minimum(start, task["pixels"] - vectors * lanes)
+        early = f.minimum(start, task["pixels"] - vectors * lanes)
+        return early, start - early
 
     def pack_block(self, f: Function, task: Task, t: dict[str, Value], place: Value, index: Value, vectors: int) -> None:
         panel = t["panels"] + place * task["panel_pitch"]
-        f.call(self.pack[vectors], [f.to_pointer(f.load(f["context"])), t["source"], panel, self.pixel(f, task, index, vectors)])
+        f.call(self.pack[vectors], [f.to_pointer(f.load(f["context"])), t["source"], panel, self.pixel(f, task, index, vectors)[0]])
 
     def products(
         self, f: Function, task: Task, t: dict[str, Value], place: Value, index: Value, vectors: int, first: Value, last: Value
@@ -153,8 +174,11 @@ class _Builder:
         """One pixel block, output channels of the pieces from ``first`` to ``last``."""
         kernel, numeric = self.kernel, self.numeric
         size, vector = numeric.compute_bytes, numeric.lanes * numeric.compute_bytes
-        panel, out = t["panels"] + place * task["panel_pitch"], t["out"] + self.pixel(f, task, index, vectors) * size
-        aside = task["sums_at"] > 0
+        panel = t["panels"] + place * task["panel_pitch"]
+        pixel, others = self.pixel(f, task, index, vectors)
+        out = t["out"] + pixel * size
+        # Pixels that are another block's may be another thread's: what is no whole sum must not be seen there.
+        aside = f.integer("or", task["crowded"], f.select(task["terms"] > task["chunk"], others, f.value(0))) > 0
         out_pitch = f.select(aside, f.value(vectors * vector), task["out_channel"])
         origin = self.channel(task, first)
         sums = f.select(aside, t["scratch"] + task["sums_at"], out + origin * task["out_channel"])
@@ -193,8 +217,15 @@ class _Builder:
 
         def copy(channel: Value) -> None:
             source, target = sums + (channel - origin) * out_pitch, out + channel * task["out_channel"]
-            for v in range(vectors):
-                f.store(f.load(source + v * vector, numeric.vector), target + v * vector)
+
+            def whole() -> None:
+                for v in range(vectors):
+                    f.store(f.load(source + v * vector, numeric.vector), target + v * vector)
+
+            def own() -> None:
+                f.loop(others, vectors * numeric.lanes, 1, lambda i: f.store(f.load(source + i * size, numeric.compute), target + i * size))
+
+            f.branch(others > 0, own, whole)
 
         with f.when(aside):
             f.loop(origin, f.minimum(self.channel(task, last), task["out_channels"]), 1, copy)
