@@ -76,7 +76,7 @@ class CpuPlan:
         return {**plan.describe(), "frozen_bytes": 0 if plan.packing is None else plan.packing.bytes_of(plan.block)}
 
     def _to_freeze(self) -> CpuPlan:
-        return self if self.when_frozen is None else self.when_frozen()
+        return self if self.when_frozen is None else self.when_frozen()._to_freeze()
 
     def describe(self) -> dict[str, Any]:
         """What the plan says of itself; on the host also the time predicted, and the floor: what arithmetic or memory alone would take."""

@@ -9,20 +9,23 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
 
+from .. import config as options
 from ..codegen.load import load
 from ..codegen.numeric import Numeric
 from ..dispatch import Unsupported
 from ..problem import ConvProblem
 from . import target as targets
-from .direct import Roles
+from .direct import DIRECT, Roles, choose_config
 from .frozen import Packing
 from .geometry import padded_index
 from .plan import CpuPlan
 from .planes_kernel import ARGUMENTS, PACK_TERMS, PlanesKernel
+from .pointwise import POINTWISE, joined
 from .target import Target
 from .tile import PAGE, align, odd_lines, pitches, weight_strides
 from .tiling import Block, choose_block, piece_length, useful_threads
@@ -36,6 +39,9 @@ _HELD_PIECES = 256
 _TASK_CYCLES = 400.0
 _COSTS = {"row_cycles": 1 / 8, "latency": 4.5}  # 4x3 is 5 to 10 % faster than 6x2, which reads the weight at one and a half times its rate, and than 2x4
 _UNEVEN = 0.1  # of a task: cores are never equally fast, and the last task is waited for
+_ADVANTAGE = 0.85  # the other model leaves out the packing of weights and the transposed stores: over 260 layers no ratio above this one was a loss
+_FROZEN_ADVANTAGE = 0.93  # with weights that are packed already: 512 to 2048 channels at 7x7 take 0.8 of the time, at 14x14 1.1
+_WEIGHT_CYCLES = 1.2  # grad_input: to pack a weight, from and to the caches beyond the first
 _PIXEL_CYCLES = 4.0  # to find the place of one pixel for one tap
 _COPY_CYCLES = 2.0  # a vector of pixels that follow each other
 _PICK_CYCLES = 6.0  # a vector of pixels picked one by one
@@ -74,11 +80,17 @@ class Planes:
         reason = _refusal(problem, target)
         if reason is not None:
             raise Unsupported(reason)
+        rival = None if config or options.current().implementation == self.name else _rival(problem, target, threads)
         if config is None:
             config = offered_configs(problem, target, threads)[0]
+            if rival and rival < _ADVANTAGE * config.cycles:
+                raise Unsupported(f"packed weights are predicted to be faster ({rival:.3g} cycles; {config.cycles:.3g})")
             if (useful := useful_threads(threads, config.cycles, target)) < threads:
                 threads, config = useful, offered_configs(problem, target, useful)[0]
-        return _build_plan(problem, target, threads, config, self.name)
+        plan = _build_plan(problem, target, threads, config, self.name)
+        if rival and rival < _FROZEN_ADVANTAGE * config.cycles:
+            plan.when_frozen = lambda: (POINTWISE if _Sizes(problem, target).joined else DIRECT).plan(problem, threads)
+        return plan
 
 
 PLANES = Planes()
@@ -101,6 +113,13 @@ def _refusal(problem: ConvProblem, target: Target) -> str | None:
     if problem.empty:
         return "nothing to compute"
     return None
+
+
+def _rival(problem: ConvProblem, target: Target, threads: int) -> float:
+    """The cycles that ``direct`` or ``pointwise`` is predicted to take, with the same bits."""
+    if target.vector_bytes != 32:
+        raise Unsupported("vectors are not of 256 bits: measured with AVX2 only")
+    return choose_config(joined(problem) if _Sizes(problem, target).joined else problem, target, threads).cycles
 
 
 @dataclass(frozen=True)
@@ -139,6 +158,7 @@ class _Sizes:
         return odd_lines(self.terms * vectors * self.numeric.lanes * self.numeric.compute_bytes)
 
 
+@lru_cache(maxsize=1024)
 def offered_configs(problem: ConvProblem, target: Target, threads: int) -> list[PlanesConfig]:
     """What a tuner may try, the predicted choice first: one configuration for each number of vectors.  All have the same bits."""
     sizes = _Sizes(problem, target)
@@ -150,6 +170,7 @@ def _configurations(sizes: _Sizes, threads: int) -> Iterator[PlanesConfig]:
     channels, pixels, terms = roles.out_channels, sizes.pixels, sizes.terms
     chunk = piece_length(terms, -(-channels // numeric.lanes), target.vector_bytes)
     pixel_vectors = -(-pixels // numeric.lanes)
+    weights = 0.0 if roles.forward else sizes.problem.g * channels * terms * _WEIGHT_CYCLES
     most = min(4, pixels // numeric.lanes)
     for vectors in range(min(2, most), most + 1):  # blocks of one vector read the weight at twice the rate of two: half the speed and less
         wide, narrow = _blocks(pixel_vectors, vectors)
@@ -170,7 +191,7 @@ def _configurations(sizes: _Sizes, threads: int) -> Iterator[PlanesConfig]:
                 tasks = images * runs * k_blocks
                 share = -(-pieces // k_blocks) / pieces
                 task = run * (pack + (mean - pack) * share) + _TASK_CYCLES
-                cycles = (math.ceil(tasks / threads) + _UNEVEN) * threads * task
+                cycles = (math.ceil(tasks / threads) + _UNEVEN) * threads * task + weights
                 if best is None or cycles < best[0]:
                     best = cycles, run, k_blocks
         assert best is not None
