@@ -8,7 +8,7 @@ import harness
 from faltung import dispatch
 from faltung.problem import ConvProblem
 
-__all__ = ["BOUNDS", "MAY_TAKE", "TAKES", "applicable", "verify"]
+__all__ = ["BOUNDS", "MAY_TAKE", "TAKES", "applicable", "families", "verify"]
 
 Predicate = Callable[[ConvProblem], bool]
 
@@ -52,6 +52,13 @@ TAKES: dict[str, Predicate] = {
 
 MAY_TAKE: dict[str, Predicate] = {"gemv": _matrices, "planes": _planes, "grouped": lambda p: _zero_padded(p) and p.g > 1 and not p.depthwise}
 """Implementations that refuse where they would not pay, and the only problems that they may take."""
+
+
+def families(dtype: str) -> set[str]:
+    """Names of the implementations for this type."""
+    missing = {"f32": set[str](), "f64": {"winograd"}}.get(dtype, {"planes"})
+    return {*TAKES, *MAY_TAKE} - missing
+
 
 BOUNDS = {"winograd": 1e-5}
 """Relative L2 error of the algorithms that save multiplications, in float32; the sums of all others are exact for whole numbers.  In a 16-bit type the one

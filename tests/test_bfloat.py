@@ -140,7 +140,7 @@ def test_only_processors_with_pair_products_get_them() -> None:
             config = direct.choose_config(one, machine, 2)
             numeric = Numeric(dtype, machine)
             _, columns = direct.axes(one, config.tile, dense=config.layout == "inner")
-            kernel = direct._kernel(one, direct.Roles(one), numeric, config, columns)
+            kernel = direct._kernel(one, direct.Roles(one), numeric, config, columns, False)
             code = assembly(kernel.emit(), machine)
             assert ("vdpbf16ps" in code) == numeric.pairs
     assert not any(machine.bfloat16_dot for name, machine in target.TARGETS.items() if name != PAIRS)

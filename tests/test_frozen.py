@@ -71,10 +71,12 @@ def test_the_same_bits(dtype: torch.dtype, memory_format: torch.memory_format, p
                 assert output.stride() == expected.stride()
             twice = conv(x * 2)
             assert torch.equal(faltung.unfreeze(conv)(x * 2), twice)
+        # nothing is kept of weights that are read where they lie
+        frozen_bytes = faltung.explain(faltung.freeze(conv), x).parts[0].facts["frozen_bytes"]
+        assert len(packings) == (frozen_bytes > 0)
         kept += len(packings)
-        assert len(packings) <= 1
         packings.clear()
-    assert kept >= 5
+    assert kept >= 4
 
 
 def test_any_strides_of_input_and_weight() -> None:
@@ -267,12 +269,12 @@ def test_converted_subclasses_and_lazy_layers() -> None:
 def test_sizes_share_their_weights_and_their_number_is_bounded(packings: list[object]) -> None:
     conv = faltung.freeze(layer(in_channels=64, out_channels=64, kernel_size=1, bias=False))
     with torch.no_grad():
-        conv(torch.randn(1, 64, 16, 16))
+        conv(torch.randn(1, 64, 16, 16).to(memory_format=torch.channels_last))
         assert conv._frozen is not None
         once = conv._frozen.bytes
         assert once >= 64 * 64 * 4
         for n in range(1, 24):
-            x = torch.randn(n, 64, 16, 16)
+            x = torch.randn(n, 64, 16, 16).to(memory_format=torch.channels_last)
             assert torch.equal(conv(x), fresh(conv, x))
         assert len(conv._frozen._entries) == 16
         assert len(packings) == 23

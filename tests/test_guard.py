@@ -12,7 +12,7 @@ import pytest
 
 import cases
 from faltung.problem import DIRECTIONS, DTYPES, FORMATS, ConvProblem
-from implementations import MAY_TAKE, TAKES, applicable
+from implementations import applicable, families
 
 HERE = Path(__file__).parent
 EDGES = (
@@ -64,7 +64,7 @@ def test_operands_against_forbidden_pages(side: str, dtype: str) -> None:
                 problem = cases.problem(case, direction, dtype, fmt, FORMATS[(position + turn) % 2], bias=direction != "grad_input")
                 runs += [(name, str(problem)) for name in applicable(problem)]
     assert len(runs) > 6 * (len(EDGES) + len(cases.TARGET_CASES))
-    assert {name for name, _ in runs} >= {*TAKES, *MAY_TAKE} - (set() if dtype == "f32" else {"winograd"})
+    assert {name for name, _ in runs} >= families(dtype) - (set() if dtype == "f32" else {"winograd"})
     run_child(side, runs, threads=2)
 
 

@@ -15,6 +15,7 @@ import torch
 
 import faltung
 from faltung import ConvProblem, choices, config, dispatch, testing
+from faltung.codegen.entry import THREADS
 from faltung.cpu import tuner
 from faltung.cpu.direct import DIRECT
 
@@ -99,7 +100,7 @@ def test_one_thread_may_win(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choice is not None
     assert (choice.threads, choice.config) == (1, "")
     plan = dispatch.plan(problem, "cpu", 2)
-    assert plan.block[plan.packing.arguments.names.index("threads")] == 1  # type: ignore[attr-defined]
+    assert plan.block[THREADS] == 1  # type: ignore[attr-defined]
 
 
 class _Wrong:

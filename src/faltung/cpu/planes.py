@@ -247,7 +247,7 @@ def _build_plan(problem: ConvProblem, target: Target, threads: int, config: Plan
         "block_pieces": block_pieces, "pieces": pieces, "wide_pieces": pieces - narrow_pieces, "held_pieces": held_pieces, "pixels": sizes.pixels,
         "source_image": source[0], "source_group": source[1] * roles.source_channels, "source_channel": source[1], "channels": roles.source_channels,
         "taps": sizes.taps, "rows": roles.out_size[0], "columns": roles.out_size[1], "row_table": tables[0].ctypes.data,
-        "column_table": tables[1].ctypes.data, "row_taps": problem.r, "column_taps": problem.s,
+        "column_table": tables[1].ctypes.data, "column_step": problem.stride[1], "column_taps": problem.s,
         "term_channel": vector * (1 if by_taps else sizes.taps), "term_tap": vector * (roles.source_channels if by_taps else 1), "terms": terms,
         "chunk": config.chunk, "out_image": out[0], "out_group": out[1] * channels, "out_channel": out[1], "out_channels": channels,
         "weight_group": weight[0] * problem.kg, "weight_row": weight[0 if roles.forward else 1], "weight_offsets": tables[2].ctypes.data,

@@ -35,7 +35,7 @@ MOST_PIXELS = 64
 ARGUMENTS = ArgumentBlock(
     (
         "pack_tasks", "tasks", "groups", "runs", "run_blocks", "blocks", "wide_blocks", "held", "k_blocks", "block_pieces", "pieces", "wide_pieces",
-        "held_pieces", "pixels", "source_image", "source_group", "source_channel", "channels", "taps", "columns", "row_table", "column_table", "row_taps",
+        "held_pieces", "pixels", "source_image", "source_group", "source_channel", "channels", "taps", "columns", "row_table", "column_table", "column_step",
         "column_taps", "rows", "term_channel", "term_tap", "terms", "chunk", "out_image", "out_group", "out_channel", "out_channels", "weight_group",
         "weight_row", "weight_offsets", "has_bias", "zeros", "panel_pitch", "scratch_at", "scratch_size", "panels_at", "sums_at", "crowded", "pack_shares",
     )
@@ -259,7 +259,7 @@ class _Builder:
         term_channel, term_tap = (self._argument(f, name) * vectors for name in ("term_channel", "term_tap"))
         places = f.stack(2 * 8 * MOST_PIXELS)  # row and column of each pixel
         offsets, kept = f.stack(8 * MOST_PIXELS), f.stack(8 * MOST_PIXELS)
-        integer = "i64" if size == 8 else "i32"
+        integer, strided = "i64" if size == 8 else "i32", self._argument(f, "column_step") - 1
 
         def place(i: Value) -> None:
             pixel = f["pixel"] + i
@@ -288,9 +288,9 @@ class _Builder:
                 (outside,) = f.loop(v * lanes, (v + 1) * lanes, 1, move, [f.value(0)])
                 first, last = (f.load(offsets + i * 8) for i in (v * lanes, (v + 1) * lanes - 1))
                 same = f.load(places + v * lanes * 16).equals(f.load(places + ((v + 1) * lanes - 1) * 16))
-                # Rows of one source row whose ends are as far apart as they are many follow each other: no padding mode steps by more than one.
+                # Pixels of one source row whose ends are as far apart as they are many follow each other, where none is further than one from the last.
                 run = f.define("i1", f"and i1 {same.text}, {(last - first).equals((lanes - 1) * size).text}")
-                run = f.define("i1", f"and i1 {run.text}, {outside.equals(0).text}")
+                run = f.define("i1", f"and i1 {run.text}, {f.integer('or', outside, strided).equals(0).text}")
                 to = target + v * lanes * size
 
                 def copied(first: Value = first, to: Value = to) -> None:
