@@ -6,6 +6,7 @@ its own; see test_cuda_launch.py.  Operands lie in the CPU's memory, and no kern
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 from collections import namedtuple
@@ -56,12 +57,13 @@ class Started:
 
 
 class Driver:
-    """What Triton asks of a driver; ``started`` are the launches, ``looked_up`` counts those that went through Triton's cache of kernels."""
+    """What Triton asks of a driver; ``started`` are the launches, ``looked_up`` counts those that went through Triton's cache of kernels, ``unloaded`` the
+    modules that were given back."""
 
     def __init__(self) -> None:
         self.utils = self
         self.started: list[Started] = []
-        self.looked_up = 0
+        self.looked_up = self.unloaded = 0
         self.device, self.stream, self.target = 0, 7, GPUTarget("cuda", 90, 32)
         self.handles = count(1)
 
@@ -94,7 +96,7 @@ class Driver:
         return f"module {number}", f"{name} {number} on {device}", 32, 0, 1024
 
     def unload_module(self, module: Any) -> None:
-        pass
+        self.unloaded += 1
 
     def run(self, plan: CudaPlan, *operands: Any) -> list[Started]:
         """What a call of the plan launches."""
@@ -335,6 +337,23 @@ def replaced() -> Iterator[str]:
             yield f"{row}: started {DRIVER.started} and recorded {list(found)} of {names}"
 
 
+def forgotten() -> Iterator[str]:
+    """What a plan starts stays loaded when Triton forgets it, and no longer than the plan."""
+    problem = make(DENSE, "forward", "f16", "nchw")
+    DRIVER.device = 4
+    plan, tensors = igemm.IGEMM.plan(problem), operands(problem)
+    found, before = functions(plan, tensors), DRIVER.unloaded
+    del igemm.igemm_kernel.device_caches[4]
+    gc.collect()
+    if functions(plan, tensors) != found or DRIVER.looked_up or DRIVER.unloaded != before:
+        yield f"{DRIVER.unloaded - before} modules were unloaded while a plan has them"
+    del plan
+    gc.collect()
+    if DRIVER.unloaded != before + hasattr(CompiledKernel, "__del__"):  # Triton 3.6 never unloads
+        yield f"{DRIVER.unloaded - before} modules were unloaded with the plan"
+    DRIVER.device = 0
+
+
 def other_makers() -> Iterator[str]:
     """On AMD's GPUs the size of a tensor's memory counts as well: every call goes Triton's way."""
     problem = make(DENSE, "forward", "bf16", "nhwc")
@@ -361,7 +380,7 @@ def truly() -> Iterator[str]:
         yield "nothing was compiled"
 
 
-CHECKS = (again, alignment, switches, devices, types, debugging, replaced, other_makers, truly)
+CHECKS = (again, alignment, switches, devices, types, debugging, replaced, forgotten, other_makers, truly)
 
 
 def main() -> None:

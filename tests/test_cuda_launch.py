@@ -17,7 +17,7 @@ import pytest
 pytest.importorskip("triton")
 
 HERE = Path(__file__).parent
-CHECKS = ("again", "alignment", "switches", "devices", "types", "debugging", "replaced", "other_makers", "truly")
+CHECKS = ("again", "alignment", "switches", "devices", "types", "debugging", "replaced", "forgotten", "other_makers", "truly")
 
 
 @cache

@@ -43,7 +43,7 @@ class Launch:
         self.kernel, self.grid, self.scalars, self.constants = kernel, grid, scalars, constants
         self._grid = (*grid, 1, 1)[:3]
         self._switched = constants.get("PRECISION", "") is None
-        self._started: dict[tuple[Any, ...], tuple[Callable[..., None], Any, Any, tuple[Any, ...]]] = {}
+        self._started: dict[tuple[Any, ...], tuple[CompiledKernel, Callable[..., None], Any, Any, tuple[Any, ...]]] = {}
 
     def __call__(self, *tensors: Tensor) -> None:
         precision = fp32_precision() if self._switched else ""
@@ -62,7 +62,7 @@ class Launch:
         if found is None:
             self._keep(key, self._ordinary(tensors, precision), precision, len(tensors))
             return
-        run, function, metadata, rest = found
+        _, run, function, metadata, rest = found
         first, second, third = self._grid
         run(first, second, third, driver.get_current_stream(device), function, metadata, None, None, None, *tensors, *rest)
 
@@ -78,4 +78,6 @@ class Launch:
             values = {**dict(zip(names[tensors:], self.scalars)), **self.constants}
             if self._switched:
                 values["PRECISION"] = precision
-            self._started[key] = compiled.run, compiled.function, compiled.packed_metadata, tuple(values[name] for name in names[tensors:])
+            rest = tuple(values[name] for name in names[tensors:])
+            # the kernel itself as well: without it, Triton would unload the function
+            self._started[key] = compiled, compiled.run, compiled.function, compiled.packed_metadata, rest
