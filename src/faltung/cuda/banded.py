@@ -26,9 +26,10 @@ from ..dispatch import Unsupported
 from ..problem import DTYPES, ConvProblem
 from . import tiling
 from .gather import MODES, Phase, phases
-from .igemm import require_gather
+from .igemm import has_bias, require_gather
 from .indexing import inside, padded
-from .runtime import CudaPlan, accumulator, alignment, cdiv, device, fp32_precision, image_strides, is_wide, workspace
+from .launch import Launch
+from .runtime import CudaPlan, accumulator, alignment, cdiv, device, image_strides, is_wide, part, precision, workspace
 from .tiling import BandedConfig, power_of_two
 from .transpose import transpose
 
@@ -163,11 +164,25 @@ def banded_kernel(
     tl.store(out + place, acc.to(out.dtype.element_ty), mask=m_ok[:, None] & (row < MP) & (column < COLUMNS)[None, :])
 
 
-def launch_banded(
-    problem: ConvProblem, phase: Phase, source: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, *,
-    images: int, source_strides: tuple[int, ...], out_strides: tuple[int, ...], config: BandedConfig,
-) -> None:  # fmt: skip
-    """Launch the rows' phase, for as many channels at a time as the workspace of bands holds.  Columns have no phases: the band has their stride."""
+@dataclass(frozen=True)
+class BandedRows:
+    """Called with source, weight, bias (anything without one) and out, writes the rows of one phase: bands and products of as many channels at a time as
+    a workspace of ``elements`` holds."""
+
+    elements: int
+    launches: tuple[tuple[Launch, Launch], ...]
+
+    def __call__(self, source: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+        bands = workspace((self.elements,), source.dtype, source)
+        for band, product in self.launches:
+            band(weight, bands)
+            product(source, bands, bias, out)
+
+
+def banded_rows(
+    problem: ConvProblem, phase: Phase, *, images: int, source_strides: tuple[int, ...], out_strides: tuple[int, ...], config: BandedConfig
+) -> BandedRows:
+    """The launches of the rows' phase.  Columns have no phases: the band has their stride."""
     forward = problem.direction == "forward"
     rows = phase.rows
     source_size, columns = ((problem.h, problem.w), problem.q) if forward else ((problem.p, problem.q), problem.w)
@@ -187,26 +202,30 @@ def launch_banded(
     if rows.taps == 0:  # nothing reaches these rows
         jg, reached = 1, 0
     matrix = band.width * band.bq
-    at_once = max(1, min(channels, _BAND_BYTES // (jg * matrix * source.element_size())))
-    bands = workspace((at_once * jg * matrix,), source.dtype, source)
+    at_once = max(1, min(channels, _BAND_BYTES // (jg * matrix * DTYPES[problem.dtype])))
     groups_p = cdiv(rows.count, rpt)
     bw = power_of_two(band.width, 1, max(1, 2048 // band.bq))
+    launches = []
     for k0 in range(0, channels, at_once):
         count = min(at_once, channels - k0)
-        band_kernel[(count * jg * cdiv(band.width, bw),)](
-            weight, bands, k0, rows.taps, jg, guard, band.width, problem.r, problem.s, band.first, band.alpha, band.beta, problem.padding[0],
-            problem.dilation[1], rows.first_tap, rows.tap_step, BW=bw, BQ=band.bq,
+        scalars = (
+            k0, rows.taps, jg, guard, band.width, problem.r, problem.s, band.first, band.alpha, band.beta, problem.padding[0],
+            problem.dilation[1], rows.first_tap, rows.tap_step,
         )  # fmt: skip
-        grid = (cdiv(images * groups_p, config.bm) * cdiv(columns, band.bq) * count,)
-        banded_kernel[grid](
-            source, bands, bias if bias is not None else out, out,
+        first = Launch(band_kernel, (count * jg * cdiv(band.width, bw),), scalars, BW=bw, BQ=band.bq)
+        scalars = (
             images * groups_p, groups_p, rows.count, columns // oa, source_size[0], source_size[1] // by, k0, problem.kg if forward else 1, jg, guard,
             band.width // by, band.first // by, band.advance // by, sn // by, sc // by, sh // by, sw, on // oa, oc // oa, oh // oa, ow,
             rows.start, rows.step, rows.source_step, rows.offset, low, reached, direction,
-            MODE=MODES[problem.padding_mode] if forward else 0, HAS_BIAS=bias is not None, WIDE=is_wide(source, out), ACC=accumulator(source.dtype)[1],
-            PRECISION=fp32_precision() if source.element_size() == 4 else "ieee", DIRECT_ROWS=direct, SHIFT_H=rows.shift, A=by, OA=oa, RPT=rpt, BM=config.bm,
-            BQ=band.bq, BK=config.bk, num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
+        second = Launch(
+            banded_kernel, (cdiv(images * groups_p, config.bm) * cdiv(columns, band.bq) * count,), scalars,
+            MODE=MODES[problem.padding_mode] if forward else 0, HAS_BIAS=has_bias(problem), WIDE=is_wide(images * sn, images * on),
+            ACC=accumulator(problem.dtype)[1], PRECISION=precision(problem.dtype), DIRECT_ROWS=direct, SHIFT_H=rows.shift, A=by, OA=oa, RPT=rpt,
+            BM=config.bm, BQ=band.bq, BK=config.bk, num_warps=config.warps, num_stages=config.stages,
+        )  # fmt: skip
+        launches.append((first, second))
+    return BandedRows(at_once * jg * matrix, tuple(launches))
 
 
 def require_banded(problem: ConvProblem) -> None:
@@ -247,19 +266,28 @@ class Banded:
         images = max(1, min(problem.n, (256 << 20) // (max(source_image, out_image) * DTYPES[problem.dtype]))) if turn else problem.n
         strides = {"source_strides": image_strides("nchw", *source_shape[1:]), "out_strides": image_strides("nchw", *out_shape[1:])}
 
+        counts = {images, problem.n % images or images}
+        rows = {count: [banded_rows(problem, phase, images=count, config=chosen, **strides) for phase in found] for count in counts}
+        bias = has_bias(problem)
+
         def run(source: Tensor, other: Tensor, side: Tensor | None, out: Tensor) -> None:
-            if not turn:
-                for phase in found:
-                    launch_banded(problem, phase, source, other, side, out, images=problem.n, config=chosen, **strides)
-                return
+            for launch in rows[images]:
+                launch(source, other, side if bias else out, out)
+
+        def run_turned(source: Tensor, other: Tensor, side: Tensor | None, out: Tensor) -> None:
             planes, results = workspace((images * source_image,), source.dtype, source), workspace((images * out_image,), out.dtype, out)
             for start in range(0, problem.n, images):
                 count = min(images, problem.n - start)
-                transpose(source[start : start + count], planes, count, source_shape[2] * source_shape[3], source_shape[1])
-                for phase in found:
-                    launch_banded(problem, phase, planes, other, side, results, images=count, config=chosen, **strides)
-                transpose(results, out[start : start + count], count, out_shape[1], out_shape[2] * out_shape[3])
+                there, back = turns[count]
+                there(part(source, start, count), planes)
+                for launch in rows[count]:
+                    launch(planes, other, side if bias else results, results)
+                back(results, part(out, start, count))
 
+        if turn:
+            (_, c, h, w), (_, k, p, q) = source_shape, out_shape
+            turns = {count: (transpose(count, h * w, c), transpose(count, k, p * q)) for count in counts}
+            run = run_turned
         return CudaPlan(problem, self.name, run, {"config": chosen, "launches": len(found), "images_at_once": images if turn else 0})
 
 

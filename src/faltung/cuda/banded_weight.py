@@ -12,6 +12,8 @@ The last step sums along diagonals: what lies beside them is computed in vain, a
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -22,8 +24,9 @@ from . import tiling
 from .banded import Band, band_of, require_banded
 from .gather import MODES, phases
 from .indexing import inside, padded
+from .launch import Launch
 from .reduction import bias_gradient
-from .runtime import CudaPlan, accumulator, alignment, cdiv, device, fp32_precision, image_strides, is_wide, workspace
+from .runtime import CudaPlan, accumulator, alignment, cdiv, device, image_strides, is_wide, precision, workspace
 from .tiling import BandedConfig, power_of_two
 from .transpose import transpose
 
@@ -113,37 +116,46 @@ def diagonal_kernel(
     tl.store(out + (K0 * R + pid) * S + s, tl.sum(acc, axis=0).to(out.dtype.element_ty), mask=s < S)
 
 
-def launch_banded_weight(
-    problem: ConvProblem, x: Tensor, gy: Tensor, out: Tensor, *, images: int, band: Band, x_strides: tuple[int, ...], gy_strides: tuple[int, ...],
-    config: BandedConfig,
-) -> None:  # fmt: skip
-    """The whole weight gradient, for as many channels at a time as the scratch of products holds."""
+def banded_weight(
+    problem: ConvProblem, *, band: Band, x_strides: tuple[int, ...], gy_strides: tuple[int, ...], config: BandedConfig
+) -> Callable[[Tensor, Tensor, Tensor], None]:
+    """Called with x, gy and out: the whole weight gradient, for as many channels at a time as the scratch of products holds."""
     (phase,) = phases(problem)
     rows = phase.rows
-    memory, accumulate = accumulator(x.dtype)
+    memory, accumulate = accumulator(problem.dtype)
     window = power_of_two(band.width, 16)
     blocks_q = cdiv(problem.q, band.bq)
-    total = images * problem.p * blocks_q
+    total = problem.n * problem.p * blocks_q
     chunk = cdiv(cdiv(total, config.splits), config.bk) * config.bk
     splits = cdiv(total, chunk)
     group = min(config.rpt, power_of_two(problem.r))
     channel_bytes = splits * problem.r * band.bq * window * 4
     at_once = max(1, min(problem.k, _SCRATCH_BYTES // channel_bytes))
-    partial = workspace((at_once * channel_bytes // 4,), memory, x)
     xa, ya = band.alignment(problem.w), alignment(problem.q)
     (sn, sc, sh, sw), (yn, yk, yp, yq) = x_strides, gy_strides
+    launches = []
     for k0 in range(0, problem.k, at_once):
         count = min(at_once, problem.k - k0)
-        banded_weight_kernel[(count * cdiv(problem.r, group), splits)](
-            x, gy, partial, total, blocks_q, problem.p, problem.q // ya, problem.h, problem.w // xa, k0, count, problem.kg, problem.r, band.width // xa, chunk,
+        scalars = (
+            total, blocks_q, problem.p, problem.q // ya, problem.h, problem.w // xa, k0, count, problem.kg, problem.r, band.width // xa, chunk,
             band.first // xa, band.advance // xa, sn // xa, sc // xa, sh // xa, sw, yn // ya, yk // ya, yp // ya, yq, rows.source_step, rows.offset, rows.shift,
-            MODE=MODES[problem.padding_mode], WIDE=is_wide(x, gy), ACC=accumulate, PRECISION=fp32_precision() if x.element_size() == 4 else "ieee",
+        )  # fmt: skip
+        products = Launch(
+            banded_weight_kernel, (count * cdiv(problem.r, group), splits), scalars,
+            MODE=MODES[problem.padding_mode], WIDE=is_wide(problem.n * sn, problem.n * yn), ACC=accumulate, PRECISION=precision(problem.dtype),
             XA=xa, YA=ya, RG=group, BQ=band.bq, WINDOW=window, BK=config.bk, num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
-        diagonal_kernel[(count * problem.r,)](
-            partial, out, splits, count, k0, problem.r, problem.s, band.width, -problem.padding[0] - band.first, problem.stride[1], problem.dilation[1],
-            ACC=accumulate, BQ=band.bq, WINDOW=window, BS=power_of_two(problem.s),
-        )  # fmt: skip
+        scalars = splits, count, k0, problem.r, problem.s, band.width, -problem.padding[0] - band.first, problem.stride[1], problem.dilation[1]
+        sums = Launch(diagonal_kernel, (count * problem.r,), scalars, ACC=accumulate, BQ=band.bq, WINDOW=window, BS=power_of_two(problem.s))
+        launches.append((products, sums))
+
+    def run(x: Tensor, gy: Tensor, out: Tensor) -> None:
+        partial = workspace((at_once * channel_bytes // 4,), memory, x)
+        for products, sums in launches:
+            products(x, gy, partial)
+            sums(partial, out)
+
+    return run
 
 
 class BandedWeight:
@@ -172,14 +184,18 @@ class BandedWeight:
             raise Unsupported("transposed operands would take more than 1 GiB")
         strides = {"x_strides": image_strides("nchw", *problem.input_shape[1:]), "gy_strides": image_strides("nchw", *problem.output_shape[1:])}
 
+        whole, to_bias = banded_weight(problem, band=band, config=chosen, **strides), bias_gradient(problem)
+        turn_x, turn_gy = transpose(problem.n, problem.h * problem.w, problem.c), transpose(problem.n, problem.p * problem.q, problem.k)
+
         def run(source: Tensor, other: Tensor, side: Tensor | None, out: Tensor) -> None:
             x, gy = source, other
             if turn:
-                x = transpose(source, workspace((source.numel(),), source.dtype, source), problem.n, problem.h * problem.w, problem.c)
-                gy = transpose(other, workspace((other.numel(),), other.dtype, other), problem.n, problem.p * problem.q, problem.k)
-            launch_banded_weight(problem, x, gy, out, images=problem.n, band=band, config=chosen, **strides)
+                x, gy = workspace((problem.n * x_image,), source.dtype, source), workspace((problem.n * gy_image,), other.dtype, other)
+                turn_x(source, x)
+                turn_gy(other, gy)
+            whole(x, gy, out)
             if side is not None:
-                bias_gradient(problem, other, side)
+                to_bias(other, side)
 
         return CudaPlan(problem, self.name, run, {"config": chosen, "window": band.width})
 

@@ -13,6 +13,7 @@ Kernels of more than ``UNROLLED`` rows take one output row at a time and loop ov
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import triton
@@ -23,8 +24,9 @@ from ..dispatch import Unsupported
 from ..problem import ConvProblem
 from . import tiling
 from .gather import MODES, Phase, phases
-from .igemm import divided, require_gather
+from .igemm import divided, has_bias, require_gather
 from .indexing import inside, padded
+from .launch import Launch
 from .runtime import CudaPlan, accumulator, cdiv, device, image_strides, is_wide
 from .tiling import UNROLLED, DepthwiseConfig
 
@@ -142,30 +144,33 @@ def depthwise_kernel(
         tl.store(out_at + (start_h + (p0 + t) * step_h) * oh, value.to(out.dtype.element_ty), mask=ok)
 
 
-def launch_depthwise(
-    phase: Phase, source: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, *,
-    images: int, channels: int, source_size: tuple[int, int], divide: int, multiply: int, members: int, source_strides: tuple[int, ...],
-    out_strides: tuple[int, ...], weight_strides: tuple[int, ...], mode: int, config: DepthwiseConfig,
-) -> None:  # fmt: skip
-    """Launch one phase; the weight's strides are (k, r, s)."""
-    rows, columns = phase.rows, phase.columns
-    if phase.pixels == 0:
-        return
-    looped = rows.taps > UNROLLED
-    th = 1 if looped else min(config.th, rows.count)
-    grid = (images * cdiv(rows.count, th) * cdiv(columns.count, config.bq) * cdiv(channels, config.bc),)
-    sa, source_strides, _ = divided(source_strides, 0)
-    oa, out_strides, channels = divided(out_strides, channels)
-    depthwise_kernel[grid](
-        source, weight, bias if bias is not None else out, out,
-        channels, rows.count, columns.count, *source_size, divide, multiply, members,
-        *source_strides, *out_strides, *weight_strides, columns.taps,
-        rows.start, columns.start, rows.step, columns.step, columns.source_step, rows.offset, columns.offset, columns.shift,
-        rows.first_tap, columns.first_tap, rows.tap_step, columns.tap_step,
-        SOURCE_STEP_H=rows.source_step, SHIFT_H=rows.shift or 1, TR=1 if looped else rows.taps, TH=th, LOOP_ROWS=rows.taps if looped else 1, MODE=mode,
-        SA=sa, OA=oa, HAS_BIAS=bias is not None, WIDE=is_wide(source, out), ACC=accumulator(source.dtype)[1], BQ=config.bq, BC=config.bc,
-        num_warps=config.warps, num_stages=config.stages,
-    )  # fmt: skip
+def depthwise_launches(
+    found: Iterable[Phase], dtype: str, bias: bool, *, images: int, channels: int, source_size: tuple[int, int], divide: int, multiply: int, members: int,
+    source_strides: tuple[int, ...], out_strides: tuple[int, ...], weight_strides: tuple[int, ...], mode: int, config: DepthwiseConfig,
+) -> tuple[Launch, ...]:  # fmt: skip
+    """The launches of phases, called with source, weight, bias (anything without one) and out; the weight's strides are (k, r, s)."""
+    sa, divided_source, _ = divided(source_strides, 0)
+    oa, divided_out, divided_channels = divided(out_strides, channels)
+    launches = []
+    for phase in found:
+        rows, columns = phase.rows, phase.columns
+        if phase.pixels == 0:
+            continue
+        looped = rows.taps > UNROLLED
+        th = 1 if looped else min(config.th, rows.count)
+        scalars = (
+            divided_channels, rows.count, columns.count, *source_size, divide, multiply, members,
+            *divided_source, *divided_out, *weight_strides, columns.taps,
+            rows.start, columns.start, rows.step, columns.step, columns.source_step, rows.offset, columns.offset, columns.shift,
+            rows.first_tap, columns.first_tap, rows.tap_step, columns.tap_step,
+        )  # fmt: skip
+        launches.append(Launch(
+            depthwise_kernel, (images * cdiv(rows.count, th) * cdiv(columns.count, config.bq) * cdiv(channels, config.bc),), scalars,
+            SOURCE_STEP_H=rows.source_step, SHIFT_H=rows.shift or 1, TR=1 if looped else rows.taps, TH=th, LOOP_ROWS=rows.taps if looped else 1, MODE=mode,
+            SA=sa, OA=oa, HAS_BIAS=bias, WIDE=is_wide(images * source_strides[0], images * out_strides[0]), ACC=accumulator(dtype)[1],
+            BQ=config.bq, BC=config.bc, num_warps=config.warps, num_stages=config.stages,
+        ))  # fmt: skip
+    return tuple(launches)
 
 
 class Depthwise:
@@ -202,9 +207,13 @@ class Depthwise:
             "config": chosen,
         }
 
+        bias = has_bias(problem)
+        launches = depthwise_launches(found, problem.dtype, bias, **arguments)
+
         def run(source: Tensor, other: Tensor, side: Tensor | None, out: Tensor) -> None:
-            for phase in found:
-                launch_depthwise(phase, source, other, side, out, **arguments)
+            added = side if bias else out
+            for launch in launches:
+                launch(source, other, added, out)
 
         return CudaPlan(problem, self.name, run, {"config": chosen, "launches": len(found)})
 

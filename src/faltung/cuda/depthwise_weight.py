@@ -23,6 +23,7 @@ from . import tiling
 from .gather import MODES, phases
 from .igemm import divided
 from .indexing import inside, padded
+from .launch import Launch
 from .reduction import bias_gradient, reduce_splits
 from .runtime import CudaPlan, accumulator, cdiv, device, image_strides, is_wide, workspace
 from .tiling import UNROLLED, DepthwiseConfig
@@ -130,22 +131,28 @@ class DepthwiseWeight:
         ts = min(chosen.taps, problem.s)
         taps = problem.r * problem.s
         x_strides, gy_strides = (image_strides(problem.format, *sizes) for sizes in (problem.input_shape[1:], problem.output_shape[1:]))
-        xa, x_strides, _ = divided(x_strides, 0)
-        ya, gy_strides, channels = divided(gy_strides, problem.k)
+        xa, divided_x, _ = divided(x_strides, 0)
+        ya, divided_gy, channels = divided(gy_strides, problem.k)
         grid = (cdiv(problem.k, chosen.bc) * cdiv(problem.r, tr) * cdiv(problem.s, ts), splits)
 
+        memory, accumulate = accumulator(problem.dtype)
+        first = Launch(
+            depthwise_weight_kernel, grid,
+            (channels, blocks, per_split, problem.p, problem.q, problem.h, problem.w, problem.r, problem.s, problem.kg,
+             *divided_x, *divided_gy, phase.columns.source_step, phase.rows.offset, phase.columns.offset, phase.columns.shift),
+            STEP_H=phase.rows.source_step, SHIFT_H=phase.rows.shift, TR=tr, TS=ts, TH=th, MODE=MODES[problem.padding_mode],
+            WIDE=is_wide(problem.n * x_strides[0], problem.n * gy_strides[0]), XA=xa, YA=ya, ACC=accumulate, BQ=chosen.bq, BC=chosen.bc,
+            num_warps=chosen.warps, num_stages=chosen.stages,
+        )  # fmt: skip
+        second = reduce_splits(problem.dtype, splits=splits, pitch=problem.k * taps, sizes=(problem.k, taps, 1), strides=(taps, 1, 0))
+        to_bias = bias_gradient(problem)
+
         def run(source: Tensor, other: Tensor, side: Tensor | None, out: Tensor) -> None:
-            memory, accumulate = accumulator(source.dtype)
             partial = workspace((splits, problem.k * taps), memory, source)
-            depthwise_weight_kernel[grid](
-                source, other, partial, channels, blocks, per_split, problem.p, problem.q, problem.h, problem.w, problem.r, problem.s, problem.kg,
-                *x_strides, *gy_strides, phase.columns.source_step, phase.rows.offset, phase.columns.offset, phase.columns.shift,
-                STEP_H=phase.rows.source_step, SHIFT_H=phase.rows.shift, TR=tr, TS=ts, TH=th, MODE=MODES[problem.padding_mode],
-                WIDE=is_wide(source, other), XA=xa, YA=ya, ACC=accumulate, BQ=chosen.bq, BC=chosen.bc, num_warps=chosen.warps, num_stages=chosen.stages,
-            )  # fmt: skip
-            reduce_splits(partial, out, splits=splits, pitch=problem.k * taps, sizes=(problem.k, taps, 1), strides=(taps, 1, 0))
+            first(source, other, partial)
+            second(partial, out)
             if side is not None:
-                bias_gradient(problem, other, side)
+                to_bias(other, side)
 
         return CudaPlan(problem, self.name, run, {"config": chosen, "splits": splits})
 

@@ -17,7 +17,8 @@ from ..dispatch import Unsupported
 from ..problem import DTYPES, ConvProblem
 from .gather import MODES
 from .indexing import inside
-from .runtime import CudaPlan, accumulator, cdiv, image_strides, is_wide, workspace
+from .launch import Launch
+from .runtime import CudaPlan, accumulator, cdiv, image_strides, is_wide, part, workspace
 
 __all__ = ["FOLDED", "Folded"]
 
@@ -81,15 +82,18 @@ def _candidates(size: int, before: int, after: int, mode: str) -> int:
     return max(1, size + before + after) if size == 1 else max(before, after, 0) + 1
 
 
-def fold(problem: ConvProblem, source: Tensor, out: Tensor, images: int) -> None:
-    """Add ``source`` (images, c, h + top + bottom, w + left + right) onto ``out`` (images, c, h, w), both dense in the problem's format."""
+def fold(problem: ConvProblem, images: int) -> Launch:
+    """Called with a source (images, c, h + top + bottom, w + left + right) and out (images, c, h, w), both dense in the problem's format: adds it up."""
     left, right, top, bottom = problem.padding
     ph, pw = problem.h + top + bottom, problem.w + left + right
     elements = images * problem.c * problem.h * problem.w
-    fold_kernel[(cdiv(elements, 1024),)](
-        source, out, elements, problem.c, problem.h, problem.w, ph, pw, *image_strides(problem.format, problem.c, ph, pw), top, left,
+    scalars = (
+        elements, problem.c, problem.h, problem.w, ph, pw, *image_strides(problem.format, problem.c, ph, pw), top, left,
         _candidates(problem.h, top, bottom, problem.padding_mode), _candidates(problem.w, left, right, problem.padding_mode),
-        CHANNELS_LAST=problem.format == "nhwc", MODE=MODES[problem.padding_mode], WIDE=is_wide(source, out), ACC=accumulator(out.dtype)[1], BLOCK=1024,
+    )  # fmt: skip
+    return Launch(
+        fold_kernel, (cdiv(elements, 1024),), scalars, CHANNELS_LAST=problem.format == "nhwc", MODE=MODES[problem.padding_mode],
+        WIDE=is_wide(images * problem.c * ph * pw, elements), ACC=accumulator(problem.dtype)[1], BLOCK=1024,
     )  # fmt: skip
 
 
@@ -110,13 +114,16 @@ class Folded:
         with config.override(implementation=None if wanted == self.name else wanted):
             inner = {count: dispatch.plan(replace(padded, n=count), "cuda", threads) for count in {images, problem.n % images or images}}
 
+        memory = accumulator(problem.dtype)[0]
+        folds = {count: fold(problem, count) for count in inner}
+
         def run(source: Tensor, other: Tensor, side: Tensor | None, out: Tensor) -> None:
-            buffer = workspace((images * image,), accumulator(out.dtype)[0], out)
+            buffer = workspace((images * image,), memory, out)
             for start in range(0, problem.n, images):
                 count = min(images, problem.n - start)
-                part: CudaPlan = inner[count]  # type: ignore[assignment]
-                part.run(source[start : start + count], other, side, buffer)
-                fold(problem, buffer, out[start : start + count], count)
+                padded_plan: CudaPlan = inner[count]  # type: ignore[assignment]
+                padded_plan.run(part(source, start, count), other, side, buffer)
+                folds[count](buffer, part(out, start, count))
 
         facts = next(iter(inner.values())).describe()
         return CudaPlan(problem, self.name, run, {"padded_by": next(iter(inner.values())).implementation, "images_at_once": images, **facts})

@@ -14,9 +14,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -26,10 +26,11 @@ from ..problem import ConvProblem
 from . import tiling
 from .gather import MODES, Phase, phases
 from .indexing import inside, padded
-from .runtime import CudaPlan, accumulator, alignment, cdiv, device, fp32_precision, image_strides, is_wide, weight_strides
+from .launch import Launch
+from .runtime import CudaPlan, accumulator, alignment, cdiv, device, image_strides, is_wide, precision, weight_strides
 from .tiling import IgemmConfig
 
-__all__ = ["IGEMM", "Igemm", "divided", "launch_gather"]
+__all__ = ["IGEMM", "Igemm", "divided", "gather_launches", "has_bias", "require_gather"]
 
 
 @triton.jit
@@ -191,33 +192,38 @@ def divided_weight(strides: tuple[int, ...]) -> tuple[int, bool, tuple[int, ...]
     return by, inner, (g // by, *((o // by, i) if inner else (o, i // by)), r // by, s // by)
 
 
-def launch_gather(
-    phase: Phase, source: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, *,
-    images: int, groups: int, source_size: tuple[int, int], source_channels: int, out_channels: int, source_strides: tuple[int, ...],
-    out_strides: tuple[int, ...], weight_strides: tuple[int, ...], mode: int, config: IgemmConfig, kernel: Any = None,
-) -> None:  # fmt: skip
-    """Launch one phase.  Strides are (n, c, h, w); those of the weight (group, output channel, source channel, r, s); channels are a group's."""
-    rows, columns = phase.rows, phase.columns
-    pixels = images * phase.pixels
-    if pixels == 0:
-        return
-    _, accumulate = accumulator(source.dtype)
-    sa, source_strides, source_channels_ = divided(source_strides, source_channels)
-    oa, out_strides_, out_channels_ = divided(out_strides, out_channels)
-    wa, inner, weight_strides = divided_weight(weight_strides)
-    plane = rows.step == columns.step == 1 and rows.start == columns.start == 0 and out_strides[2] == out_strides[3] * columns.count
-    grid = (cdiv(pixels, config.bm) * cdiv(out_channels, config.bn) * groups,)
-    (kernel or igemm_kernel)[grid](
-        source, weight, bias if bias is not None else out, out,
-        pixels, columns.count, phase.pixels, *source_size, source_channels_, out_channels_,
-        *source_strides, *out_strides_, *weight_strides,
-        rows.start, columns.start, rows.step, columns.step, rows.source_step, columns.source_step, rows.offset, columns.offset, rows.shift, columns.shift,
-        rows.first_tap, columns.first_tap, rows.tap_step, columns.tap_step,
-        TR=rows.taps if columns.taps else 0, TS=max(columns.taps, 1), MODE=mode, FLAT=config.flat, PLANE=plane, HAS_BIAS=bias is not None,
-        WIDE=is_wide(source, out), SA=sa, WA=wa, OA=oa, INNER=inner, ACC=accumulate,
-        PRECISION=config.precision or (fp32_precision() if source.dtype == torch.float32 else "ieee"),
-        BM=config.bm, BN=config.bn, BK=config.bk, GROUP_M=config.group_m, num_warps=config.warps, num_stages=config.stages,
-    )  # fmt: skip
+def gather_launches(
+    found: Iterable[Phase], dtype: str, bias: bool, *, images: int, groups: int, source_size: tuple[int, int], source_channels: int, out_channels: int,
+    source_strides: tuple[int, ...], out_strides: tuple[int, ...], weight_strides: tuple[int, ...], mode: int, config: IgemmConfig,
+) -> tuple[Launch, ...]:  # fmt: skip
+    """The launches of phases, called with source, weight, bias (anything without one) and out.
+
+    Strides are (n, c, h, w) of dense tensors; those of the weight (group, output channel, source channel, r, s); channels are a group's.
+    """
+    sa, divided_source, divided_channels = divided(source_strides, source_channels)
+    oa, divided_out, divided_outputs = divided(out_strides, out_channels)
+    wa, inner, divided_weights = divided_weight(weight_strides)
+    launches = []
+    for phase in found:
+        rows, columns = phase.rows, phase.columns
+        pixels = images * phase.pixels
+        if pixels == 0:
+            continue
+        plane = rows.step == columns.step == 1 and rows.start == columns.start == 0 and out_strides[2] == out_strides[3] * columns.count
+        scalars = (
+            pixels, columns.count, phase.pixels, *source_size, divided_channels, divided_outputs,
+            *divided_source, *divided_out, *divided_weights,
+            rows.start, columns.start, rows.step, columns.step, rows.source_step, columns.source_step, rows.offset, columns.offset, rows.shift, columns.shift,
+            rows.first_tap, columns.first_tap, rows.tap_step, columns.tap_step,
+        )  # fmt: skip
+        launches.append(Launch(
+            igemm_kernel, (cdiv(pixels, config.bm) * cdiv(out_channels, config.bn) * groups,), scalars,
+            TR=rows.taps if columns.taps else 0, TS=max(columns.taps, 1), MODE=mode, FLAT=config.flat, PLANE=plane, HAS_BIAS=bias,
+            WIDE=is_wide(images * source_strides[0], images * out_strides[0]), SA=sa, WA=wa, OA=oa, INNER=inner, ACC=accumulator(dtype)[1],
+            PRECISION=precision(dtype, config.precision), BM=config.bm, BN=config.bn, BK=config.bk, GROUP_M=config.group_m,
+            num_warps=config.warps, num_stages=config.stages,
+        ))  # fmt: skip
+    return tuple(launches)
 
 
 class Igemm:
@@ -239,7 +245,6 @@ class Igemm:
         outs = image_strides(problem.format, *((problem.k, problem.p, problem.q) if forward else (problem.c, problem.h, problem.w)))
         wk, wc, wr, ws = weight_strides(problem.weight_format, problem.cg, problem.r, problem.s)
         arguments: dict[str, Any] = {
-            "images": problem.n,
             "groups": problem.g,
             "source_size": (problem.h, problem.w) if forward else (problem.p, problem.q),
             "source_channels": problem.cg if forward else problem.kg,
@@ -251,11 +256,20 @@ class Igemm:
             "config": config,
         }
 
+        bias = has_bias(problem)
+        launches = gather_launches(found, problem.dtype, bias, images=problem.n, **arguments)
+
         def run(source: Tensor, other: Tensor, side: Tensor | None, out: Tensor) -> None:
-            for phase in found:
-                launch_gather(phase, source, other, side, out, **arguments)
+            added = side if bias else out
+            for launch in launches:
+                launch(source, other, added, out)
 
         return CudaPlan(problem, self.name, run, {"config": config, "launches": len(found)})
+
+
+def has_bias(problem: ConvProblem) -> bool:
+    """Whether a plan that writes an image adds a bias to it."""
+    return problem.direction == "forward" and problem.epilogue.bias
 
 
 def require_gather(problem: ConvProblem) -> None:

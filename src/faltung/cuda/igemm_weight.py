@@ -12,7 +12,7 @@ A tile has one tap, or, with few input channels, any (tap, c) pairs (``FLAT``). 
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -25,11 +25,12 @@ from . import tiling
 from .gather import MODES, Phase, phases
 from .igemm import divided
 from .indexing import divider, inside, padded, quotient
+from .launch import Launch
 from .reduction import bias_gradient, reduce_splits
-from .runtime import CudaPlan, accumulator, cdiv, device, fp32_precision, image_strides, is_wide, weight_strides, workspace
+from .runtime import CudaPlan, accumulator, cdiv, device, image_strides, is_wide, precision, weight_strides, workspace
 from .tiling import WeightConfig
 
-__all__ = ["IGEMM_WEIGHT", "IgemmWeight", "launch_weight"]
+__all__ = ["IGEMM_WEIGHT", "IgemmWeight", "PartialWeight", "partial_weight"]
 
 
 @triton.jit
@@ -126,30 +127,45 @@ def igemm_weight_kernel(
     tl.store(partial + split.to(tl.int64) * pitch + place[:, None] + inner[None, :], acc, mask=k_ok[:, None] & c_ok[None, :])
 
 
-def launch_weight(
-    phase: Phase, x: Tensor, gy: Tensor, *, images: int, groups: int, size: tuple[int, int], channels: int, outputs: int, x_strides: tuple[int, ...],
-    gy_strides: tuple[int, ...], mode: int, config: WeightConfig, kernel: Any = None,
-) -> tuple[Tensor, int]:  # fmt: skip
-    """Partial weight gradients (splits, groups * outputs, taps, channels) and the number of splits; ``channels``, ``outputs`` are a group's."""
+@dataclass(frozen=True)
+class PartialWeight:
+    """Called with x and gy: the partial weight gradients (splits, pitch = groups * outputs * taps * channels) in a workspace of type ``memory``."""
+
+    launch: Launch
+    splits: int
+    pitch: int
+    memory: torch.dtype
+
+    def __call__(self, x: Tensor, gy: Tensor) -> Tensor:
+        partial = workspace((self.splits, self.pitch), self.memory, x)
+        self.launch(x, gy, partial)
+        return partial
+
+
+def partial_weight(
+    phase: Phase, dtype: str, *, images: int, groups: int, size: tuple[int, int], channels: int, outputs: int, x_strides: tuple[int, ...],
+    gy_strides: tuple[int, ...], mode: int, config: WeightConfig,
+) -> PartialWeight:  # fmt: skip
+    """The launch of a weight gradient; ``channels``, ``outputs`` are a group's, strides those of dense images."""
     rows, columns = phase.rows, phase.columns
-    memory, accumulate = accumulator(x.dtype)
+    memory, accumulate = accumulator(dtype)
     pixels = images * phase.pixels
     chunk = cdiv(cdiv(pixels, config.splits), config.bk) * config.bk
     splits = cdiv(pixels, chunk)
     pitch = groups * outputs * phase.taps * channels
-    partial = workspace((splits, pitch), memory, x)
-    xa, x_strides, channels_ = divided(x_strides, channels)
-    ya, gy_strides, outputs_ = divided(gy_strides, outputs)
+    xa, divided_x, divided_channels = divided(x_strides, channels)
+    ya, divided_gy, divided_outputs = divided(gy_strides, outputs)
     blocks = cdiv(phase.taps * channels, config.bn) if config.flat else phase.taps * cdiv(channels, config.bn)
-    (kernel or igemm_weight_kernel)[(groups * cdiv(outputs, config.bm) * blocks, splits)](
-        x, gy, partial, pixels, columns.count, *divider(columns.count), phase.pixels, *divider(phase.pixels), chunk, *size,
-        channels_, outputs_, pitch, *x_strides, *gy_strides,
-        rows.source_step, columns.source_step, rows.offset, columns.offset, rows.shift, columns.shift,
-        TR=rows.taps, TS=columns.taps, MODE=mode, FLAT=config.flat, WIDE=is_wide(x, gy), XA=xa, YA=ya, ACC=accumulate,
-        PRECISION=config.precision or (fp32_precision() if x.dtype == torch.float32 else "ieee"),
-        BM=config.bm, BN=config.bn, BK=config.bk, num_warps=config.warps, num_stages=config.stages,
+    scalars = (
+        pixels, columns.count, *divider(columns.count), phase.pixels, *divider(phase.pixels), chunk, *size, divided_channels, divided_outputs, pitch,
+        *divided_x, *divided_gy, rows.source_step, columns.source_step, rows.offset, columns.offset, rows.shift, columns.shift,
     )  # fmt: skip
-    return partial, splits
+    launch = Launch(
+        igemm_weight_kernel, (groups * cdiv(outputs, config.bm) * blocks, splits), scalars,
+        TR=rows.taps, TS=columns.taps, MODE=mode, FLAT=config.flat, WIDE=is_wide(images * x_strides[0], images * gy_strides[0]), XA=xa, YA=ya, ACC=accumulate,
+        PRECISION=precision(dtype, config.precision), BM=config.bm, BN=config.bn, BK=config.bk, num_warps=config.warps, num_stages=config.stages,
+    )  # fmt: skip
+    return PartialWeight(launch, splits, pitch, memory)
 
 
 class IgemmWeight:
@@ -170,15 +186,18 @@ class IgemmWeight:
         x_strides, gy_strides = (image_strides(problem.format, *sizes) for sizes in (problem.input_shape[1:], problem.output_shape[1:]))
         wk, wc, _, ws = weight_strides(problem.weight_format, problem.cg, problem.r, problem.s)
 
+        taps = problem.r * problem.s
+        first = partial_weight(
+            phase, problem.dtype, images=problem.n, groups=problem.g, size=(problem.h, problem.w), channels=problem.cg, outputs=problem.kg,
+            x_strides=x_strides, gy_strides=gy_strides, mode=MODES[problem.padding_mode], config=chosen,
+        )  # fmt: skip
+        second = reduce_splits(problem.dtype, splits=first.splits, pitch=first.pitch, sizes=(problem.k, taps, problem.cg), strides=(wk, ws, wc))
+        to_bias = bias_gradient(problem)
+
         def run(source: Tensor, other: Tensor, side: Tensor | None, out: Tensor) -> None:
-            partial, splits = launch_weight(
-                phase, source, other, images=problem.n, groups=problem.g, size=(problem.h, problem.w), channels=problem.cg, outputs=problem.kg,
-                x_strides=x_strides, gy_strides=gy_strides, mode=MODES[problem.padding_mode], config=chosen,
-            )  # fmt: skip
-            taps = problem.r * problem.s
-            reduce_splits(partial, out, splits=splits, pitch=problem.k * taps * problem.cg, sizes=(problem.k, taps, problem.cg), strides=(wk, ws, wc))
+            second(first(source, other), out)
             if side is not None:
-                bias_gradient(problem, other, side)
+                to_bias(other, side)
 
         return CudaPlan(problem, self.name, run, {"config": chosen})
 

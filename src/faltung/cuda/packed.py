@@ -10,6 +10,8 @@ do without.  (The weight gradient's products beside the diagonal are never read.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,10 +25,11 @@ from ..dispatch import Unsupported
 from ..problem import DTYPES, ConvProblem
 from . import tiling
 from .gather import MODES, phases
-from .igemm import launch_gather, require_gather
-from .igemm_weight import launch_weight
+from .igemm import gather_launches, has_bias, require_gather
+from .igemm_weight import partial_weight
+from .launch import Launch
 from .reduction import bias_gradient, reduce_splits
-from .runtime import CudaPlan, accumulator, cdiv, device, image_strides, weight_strides, workspace
+from .runtime import CudaPlan, cdiv, device, image_strides, part, weight_strides, workspace
 from .tiling import IgemmConfig, WeightConfig
 from .transpose import transpose
 
@@ -46,13 +49,22 @@ class _WeightForm:
     matrices: tuple[int, int, int] | None
     merged: int = 1
 
-    def packed(self, problem: ConvProblem, weight: Tensor) -> Tensor:
-        """The weight in this form: itself, or a workspace."""
+    def packer(self, problem: ConvProblem) -> Callable[[Tensor], Tensor]:
+        """What brings a weight into this form: itself, or a workspace."""
+        elements = math.prod(problem.weight_shape) * self.merged
         if self.merged > 1:
-            return _merge(problem, weight, self.merged)
-        if self.matrices is None:
-            return weight
-        return transpose(weight, workspace((weight.numel(),), weight.dtype, weight), *self.matrices)
+            launch = merge(problem, self.merged)
+        elif self.matrices is not None:
+            launch = transpose(*self.matrices)
+        else:
+            return lambda weight: weight
+
+        def pack(weight: Tensor) -> Tensor:
+            packed = workspace((elements,), weight.dtype, weight)
+            launch(weight, packed)
+            return packed
+
+        return pack
 
 
 @triton.jit
@@ -68,14 +80,11 @@ def merge_kernel(weight, out, ELEMENTS, KG, CG, MERGED, TAPS, wk, wc, wt, BLOCK:
     tl.store(out + e, value, mask=e < ELEMENTS)
 
 
-def _merge(problem: ConvProblem, weight: Tensor, merged: int) -> Tensor:
-    """The weight (k, r, s, merged * c/g) of ``merged`` groups as one."""
-    taps = problem.r * problem.s
-    elements = weight.numel() * merged
+def merge(problem: ConvProblem, merged: int) -> Launch:
+    """Called with a weight and what becomes the weight (k, r, s, merged * c/g) of ``merged`` groups as one."""
+    elements = math.prod(problem.weight_shape) * merged
     wk, wc, _, ws = weight_strides(problem.weight_format, problem.cg, problem.r, problem.s)
-    out = workspace((elements,), weight.dtype, weight)
-    merge_kernel[(cdiv(elements, 1024),)](weight, out, elements, problem.kg, problem.cg, merged, taps, wk, wc, ws, BLOCK=1024)
-    return out
+    return Launch(merge_kernel, (cdiv(elements, 1024),), (elements, problem.kg, problem.cg, merged, problem.r * problem.s, wk, wc, ws), BLOCK=1024)
 
 
 def _weight_form(problem: ConvProblem) -> _WeightForm:
@@ -140,18 +149,25 @@ class IgemmPacked:
             "config": chosen,
         }
 
+        bias = has_bias(problem)
+        counts = {images, problem.n % images or images}
+        launches = {count: gather_launches(found, problem.dtype, bias, images=count, **arguments) for count in counts}
+        turns = {count: transpose(count, channels, rows * columns) for count in counts}
+        pack = form.packer(problem)
+
         def run(source: Tensor, other: Tensor, side: Tensor | None, out: Tensor) -> None:
-            other = form.packed(problem, other)
+            weight = pack(other)
             if not turn:
-                for phase in found:
-                    launch_gather(phase, source, other, side, out, images=problem.n, **arguments)
+                for launch in launches[images]:
+                    launch(source, weight, side if bias else out, out)
                 return
             buffer = workspace((images * image,), source.dtype, source)
             for start in range(0, problem.n, images):
                 count = min(images, problem.n - start)
-                transpose(source[start : start + count], buffer, count, channels, rows * columns)
-                for phase in found:
-                    launch_gather(phase, buffer, other, side, out[start : start + count], images=count, **arguments)
+                turns[count](part(source, start, count), buffer)
+                written = part(out, start, count)
+                for launch in launches[count]:
+                    launch(buffer, weight, side if bias else written, written)
 
         facts = {"config": chosen, "launches": len(found), "images_at_once": images if turn else 0, "merged_groups": form.merged}
         return CudaPlan(problem, self.name, run, facts)
@@ -188,31 +204,40 @@ class IgemmPackedWeight:
         pitch = problem.k * taps * row
         sizes, strides = (problem.k, taps, problem.cg), (wk, ws, wc)
 
+        counts = {images, problem.n % images or images}
+        products = {
+            count: partial_weight(
+                phase, problem.dtype, images=count, groups=groups, size=(problem.h, problem.w), channels=row, outputs=problem.k // groups,
+                x_strides=image_strides("nhwc", *x_shape), gy_strides=image_strides("nhwc", *gy_shape), mode=MODES[problem.padding_mode], config=chosen,
+            )
+            for count in counts
+        }  # fmt: skip
+        turns = {count: (transpose(count, problem.c, problem.h * problem.w), transpose(count, problem.k, problem.p * problem.q)) for count in counts}
+        whole = {count: reduce_splits(problem.dtype, splits=products[count].splits, pitch=pitch, sizes=(1, 1, pitch), strides=(0, 0, 1)) for count in counts}
+        splits = products[images].splits if images == problem.n else cdiv(problem.n, images)  # one partial weight for each part of the batch
+        last = reduce_splits(problem.dtype, splits=splits, pitch=pitch, sizes=sizes, strides=strides, row=row, group=problem.kg, merged=merged)
+        to_bias = bias_gradient(problem)
+
         def run(source: Tensor, other: Tensor, side: Tensor | None, out: Tensor) -> None:
             x_buffer, gy_buffer = source, other
             if turn:
                 x_buffer, gy_buffer = (workspace((images * size,), source.dtype, source) for size in (x_image, gy_image))
             parts: list[Tensor] = []
-            splits = 0
             for start in range(0, problem.n, images):
                 count = min(images, problem.n - start)
                 if turn:
-                    transpose(source[start : start + count], x_buffer, count, problem.c, problem.h * problem.w)
-                    transpose(other[start : start + count], gy_buffer, count, problem.k, problem.p * problem.q)
-                partial, pieces = launch_weight(
-                    phase, x_buffer, gy_buffer, images=count, groups=groups, size=(problem.h, problem.w), channels=row, outputs=problem.k // groups,
-                    x_strides=image_strides("nhwc", *x_shape), gy_strides=image_strides("nhwc", *gy_shape), mode=MODES[problem.padding_mode], config=chosen,
-                )  # fmt: skip
-                if images < problem.n:  # one partial weight for each part of the batch
-                    whole = workspace((pitch,), accumulator(source.dtype)[0], source)
-                    reduce_splits(partial, whole, splits=pieces, pitch=pitch, sizes=(1, 1, pitch), strides=(0, 0, 1))
-                    partial, pieces = whole, 1
+                    turn_x, turn_gy = turns[count]
+                    turn_x(part(source, start, count), x_buffer)
+                    turn_gy(part(other, start, count), gy_buffer)
+                product = products[count]
+                partial = product(x_buffer, gy_buffer)
+                if images < problem.n:
+                    partial, pieces = workspace((pitch,), product.memory, source), partial
+                    whole[count](pieces, partial)
                 parts.append(partial)
-                splits += pieces
-            partial = parts[0] if len(parts) == 1 else torch.stack(parts)
-            reduce_splits(partial, out, splits=splits, pitch=pitch, sizes=sizes, strides=strides, row=row, group=problem.kg, merged=merged)
+            last(parts[0] if len(parts) == 1 else torch.stack(parts), out)
             if side is not None:
-                bias_gradient(problem, other, side)
+                to_bias(other, side)
 
         return CudaPlan(problem, self.name, run, {"config": chosen, "images_at_once": images if turn else 0, "merged_groups": merged})
 

@@ -5,13 +5,14 @@ No atomics: partial sums lie in a workspace and are added in the order of their 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..problem import ConvProblem
+from .launch import Launch
 from .runtime import accumulator, cdiv, image_strides, is_wide, workspace
 from .tiling import power_of_two, split_count
 
@@ -43,20 +44,18 @@ def reduce_kernel(
 
 
 def reduce_splits(
-    partial: Tensor, out: Tensor, *, splits: int, pitch: int, sizes: Sequence[int], strides: Sequence[int], row: int | None = None,
-    group: int = 1, merged: int = 1,
-) -> None:  # fmt: skip
-    """Sum ``partial`` (splits, k, t, c) over its splits into ``out`` with strides (k, t, c); rows of the workspace are ``row`` long (c by default).
+    dtype: str, *, splits: int, pitch: int, sizes: Sequence[int], strides: Sequence[int], row: int | None = None, group: int = 1, merged: int = 1
+) -> Launch:
+    """Called with ``partial`` (splits, k, t, c) and ``out`` of strides (k, t, c): sums over the splits; rows of the workspace are ``row`` long (c by default).
 
-    See the kernel for ``group`` (KG) and ``merged``.
+    ``dtype`` is the problem's; see the kernel for ``group`` (KG) and ``merged``.
     """
     k, t, c = sizes
     elements = k * t * c
-    _, accumulate = accumulator(out.dtype)
     block = 128 if elements >= 1 << 14 else 32
-    bs = power_of_two(splits, 1, 32)
-    reduce_kernel[(cdiv(elements, block),)](
-        partial, out, elements, splits, pitch, t, c, row or c, group, merged, *strides, ACC=accumulate, BS=bs, BE=block, num_warps=4
+    return Launch(
+        reduce_kernel, (cdiv(elements, block),), (elements, splits, pitch, t, c, row or c, group, merged, *strides),
+        ACC=accumulator(dtype)[1], BS=power_of_two(splits, 1, 32), BE=block, num_warps=4,
     )  # fmt: skip
 
 
@@ -75,9 +74,9 @@ def bias_kernel(gy, partial, M, PQ, K, CHUNK, sn, sk, sp, WIDE: tl.constexpr, AC
     tl.store(partial + split * K + k, tl.sum(acc, axis=0), mask=k < K)
 
 
-def bias_gradient(problem: ConvProblem, gy: Tensor, out: Tensor) -> None:
-    """``out`` (k) = the sum of ``gy`` (n, k, p, q), a dense tensor of the problem's format, over everything else."""
-    memory, accumulate = accumulator(gy.dtype)
+def bias_gradient(problem: ConvProblem) -> Callable[[Tensor, Tensor], None]:
+    """Called with ``gy`` (n, k, p, q), a dense tensor of the problem's format, and ``out`` (k): its sum over everything else."""
+    memory, accumulate = accumulator(problem.dtype)
     pixels = problem.n * problem.p * problem.q
     sn, sk, _, sp = image_strides(problem.format, problem.k, problem.p, problem.q)
     bm, bk = (32, power_of_two(problem.k, 16, 64)) if problem.format == "nhwc" else (power_of_two(problem.p * problem.q, 32, 512), 4)
@@ -85,8 +84,15 @@ def bias_gradient(problem: ConvProblem, gy: Tensor, out: Tensor) -> None:
     splits = split_count(pixels, bm, blocks, programs=1056)
     chunk = cdiv(cdiv(pixels, splits), bm) * bm
     splits = cdiv(pixels, chunk)
-    partial = workspace((splits, problem.k), memory, gy)
-    bias_kernel[(blocks, splits)](
-        gy, partial, pixels, problem.p * problem.q, problem.k, chunk, sn, sk, sp, WIDE=is_wide(gy), ACC=accumulate, BM=bm, BK=bk, num_warps=4
+    first = Launch(
+        bias_kernel, (blocks, splits), (pixels, problem.p * problem.q, problem.k, chunk, sn, sk, sp),
+        WIDE=is_wide(pixels * problem.k), ACC=accumulate, BM=bm, BK=bk, num_warps=4,
     )  # fmt: skip
-    reduce_splits(partial, out, splits=splits, pitch=problem.k, sizes=(problem.k, 1, 1), strides=(1, 0, 0))
+    second = reduce_splits(problem.dtype, splits=splits, pitch=problem.k, sizes=(problem.k, 1, 1), strides=(1, 0, 0))
+
+    def run(gy: Tensor, out: Tensor) -> None:
+        partial = workspace((splits, problem.k), memory, gy)
+        first(gy, partial)
+        second(partial, out)
+
+    return run

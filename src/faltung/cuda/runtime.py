@@ -28,6 +28,8 @@ __all__ = [
     "fp32_precision",
     "image_strides",
     "is_wide",
+    "part",
+    "precision",
     "weight_strides",
     "workspace",
 ]
@@ -37,7 +39,7 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 TORCH_DTYPES = {"f32": torch.float32, "f64": torch.float64, "bf16": torch.bfloat16, "f16": torch.float16}
 
-Launch = Callable[[Tensor, Tensor, "Tensor | None", Tensor], None]
+Run = Callable[[Tensor, Tensor, "Tensor | None", Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -74,19 +76,29 @@ def fp32_precision() -> str:
     return "tf32" if torch._C._get_fp32_precision_getter("cuda", "conv") == "tf32" else "ieee"
 
 
+def precision(dtype: str, fixed: str = "") -> str | None:
+    """The PRECISION of a launch's products: the one that is asked for, or what PyTorch's switches say at each call (None)."""
+    return fixed or (None if dtype == "f32" else "ieee")
+
+
 def cdiv(a: int, b: int) -> int:
     """The quotient rounded up."""
     return -(-a // b)
 
 
-def accumulator(dtype: torch.dtype) -> tuple[torch.dtype, tl.dtype]:
-    """The type in which sums are kept, as PyTorch's and as Triton's: float64 for itself, float32 for the others."""
-    return (torch.float64, tl.float64) if dtype == torch.float64 else (torch.float32, tl.float32)
+def accumulator(dtype: str) -> tuple[torch.dtype, tl.dtype]:
+    """The type in which a problem's sums are kept, as PyTorch's and as Triton's: float64 for itself, float32 for the others."""
+    return (torch.float64, tl.float64) if dtype == "f64" else (torch.float32, tl.float32)
 
 
-def is_wide(*tensors: Tensor | None) -> bool:
-    """Whether an offset into one of the tensors may need 64 bits (with room for a tile beyond the end)."""
-    return any(t is not None and t.numel() + 65536 >= 2**31 for t in tensors)
+def is_wide(*elements: int) -> bool:
+    """Whether an offset into a tensor of one of these sizes may need 64 bits (with room for a tile beyond the end)."""
+    return any(n + 65536 >= 2**31 for n in elements)
+
+
+def part(tensor: Tensor, start: int, count: int) -> Tensor:
+    """Images ``start .. + count`` of a batch; the tensor itself where that is all of them."""
+    return tensor if count == tensor.shape[0] else tensor[start : start + count]
 
 
 def image_strides(fmt: str, c: int, h: int, w: int) -> tuple[int, int, int, int]:
@@ -117,11 +129,11 @@ class CudaPlan:
     is rounded by PyTorch.
     """
 
-    def __init__(self, problem: ConvProblem, implementation: str, run: Launch, facts: dict[str, Any]) -> None:
+    def __init__(self, problem: ConvProblem, implementation: str, run: Run, facts: dict[str, Any]) -> None:
         self.problem, self.implementation = problem, implementation
         self._facts = facts
         self.run = run
-        self.launch: Launch = self._emulated if INTERPRETED and problem.dtype == "bf16" else run
+        self.launch: Run = self._emulated if INTERPRETED and problem.dtype == "bf16" else run
 
     def _emulated(self, source: Tensor, other: Tensor, side: Tensor | None, out: Tensor) -> None:
         written = self.problem.direction == "grad_weight"

@@ -24,11 +24,12 @@ from ..dispatch import Unsupported
 from ..problem import DTYPES, ConvProblem
 from . import tiling
 from .gather import MODES, AxisPhase, Phase
-from .igemm import launch_gather
-from .igemm_weight import launch_weight
+from .igemm import gather_launches, has_bias
+from .igemm_weight import partial_weight
 from .indexing import inside, padded
+from .launch import Launch
 from .reduction import bias_gradient, reduce_splits
-from .runtime import CudaPlan, accumulator, cdiv, device, image_strides, is_wide, weight_strides, workspace
+from .runtime import CudaPlan, accumulator, cdiv, device, image_strides, is_wide, part, weight_strides, workspace
 from .tiling import IgemmConfig, WeightConfig
 
 __all__ = ["STEM", "STEM_WEIGHT"]
@@ -110,12 +111,14 @@ def _images_at_once(problem: ConvProblem, form: _Form) -> int:
     return max(1, min(problem.n, _BUFFER_BYTES // (form.image * DTYPES[problem.dtype])))
 
 
-def _pad(problem: ConvProblem, form: _Form, x: Tensor, out: Tensor, images: int) -> None:
+def pad(problem: ConvProblem, form: _Form, images: int) -> Launch:
+    """Called with x (images, c, h, w) and the padded images."""
     left, _, top, _ = problem.padding
     elements = images * form.image
-    pad_kernel[(cdiv(elements, 1024),)](
-        x, out, elements, problem.c, problem.h, problem.w, form.rows, form.columns, *image_strides(problem.format, *problem.input_shape[1:]), top, left,
-        CP=form.channels, MODE=MODES[problem.padding_mode], WIDE=is_wide(x, out), BLOCK=1024,
+    strides = image_strides(problem.format, *problem.input_shape[1:])
+    return Launch(
+        pad_kernel, (cdiv(elements, 1024),), (elements, problem.c, problem.h, problem.w, form.rows, form.columns, *strides, top, left),
+        CP=form.channels, MODE=MODES[problem.padding_mode], WIDE=is_wide(images * strides[0], elements), BLOCK=1024,
     )  # fmt: skip
 
 
@@ -152,15 +155,24 @@ class Stem:
             "config": chosen,
         }
 
+        bias = has_bias(problem)
+        counts = {images, problem.n % images or images}
+        pads = {count: pad(problem, form, count) for count in counts}
+        launches = {count: gather_launches((form.phase,), problem.dtype, bias, images=count, **arguments) for count in counts}
+        elements = problem.k * problem.r * form.run
+        scalars = elements, problem.c, problem.r, problem.s, form.run, wk, wc, ws
+        pack = Launch(pack_kernel, (cdiv(elements, 1024),), scalars, CP=form.channels, BLOCK=1024)
+
         def run(source: Tensor, other: Tensor, side: Tensor | None, out: Tensor) -> None:
-            elements = problem.k * problem.r * form.run
             weight = workspace((elements,), other.dtype, other)
-            pack_kernel[(cdiv(elements, 1024),)](other, weight, elements, problem.c, problem.r, problem.s, form.run, wk, wc, ws, CP=form.channels, BLOCK=1024)
+            pack(other, weight)
             buffer = workspace((images * form.image,), source.dtype, source)
             for start in range(0, problem.n, images):
                 count = min(images, problem.n - start)
-                _pad(problem, form, source[start : start + count], buffer, count)
-                launch_gather(form.phase, buffer, weight, side, out[start : start + count], images=count, **arguments)
+                pads[count](part(source, start, count), buffer)
+                written = part(out, start, count)
+                for launch in launches[count]:
+                    launch(buffer, weight, side if bias else written, written)
 
         return CudaPlan(problem, self.name, run, {"config": chosen, "images_at_once": images})
 
@@ -185,24 +197,32 @@ class StemWeight:
         wk, wc, _, ws = weight_strides(problem.weight_format, problem.c, problem.r, problem.s)
         gy_strides = image_strides(problem.format, *problem.output_shape[1:])
 
+        counts = {images, problem.n % images or images}
+        pads = {count: pad(problem, form, count) for count in counts}
+        products = {
+            count: partial_weight(
+                form.phase, problem.dtype, images=count, groups=1, size=(form.rows, form.columns), channels=form.run, outputs=problem.k,
+                x_strides=_strides(form), gy_strides=gy_strides, mode=0, config=chosen,
+            )
+            for count in counts
+        }  # fmt: skip
+        splits = sum(products[min(images, problem.n - start)].splits for start in range(0, problem.n, images))
+        sizes, strides = (problem.k, problem.r * problem.s, problem.c), (wk, ws, wc)
+        last = reduce_splits(problem.dtype, splits=splits, pitch=pitch, sizes=sizes, strides=strides, row=form.channels)
+        to_bias = bias_gradient(problem)
+
         def run(source: Tensor, other: Tensor, side: Tensor | None, out: Tensor) -> None:
             buffer = workspace((images * form.image,), source.dtype, source)
             parts: list[Tensor] = []
             for start in range(0, problem.n, images):
                 count = min(images, problem.n - start)
-                _pad(problem, form, source[start : start + count], buffer, count)
-                partial, _ = launch_weight(
-                    form.phase, buffer, other[start : start + count], images=count, groups=1, size=(form.rows, form.columns), channels=form.run,
-                    outputs=problem.k, x_strides=_strides(form), gy_strides=gy_strides, mode=0, config=chosen,
-                )  # fmt: skip
-                parts.append(partial)
-            partial = parts[0] if len(parts) == 1 else torch.cat(parts)
-            sizes, strides = (problem.k, problem.r * problem.s, problem.c), (wk, ws, wc)
-            reduce_splits(partial, out, splits=partial.shape[0], pitch=pitch, sizes=sizes, strides=strides, row=form.channels)
+                pads[count](part(source, start, count), buffer)
+                parts.append(products[count](buffer, part(other, start, count)))
+            last(parts[0] if len(parts) == 1 else torch.cat(parts), out)
             if side is not None:
-                bias_gradient(problem, other, side)
+                to_bias(other, side)
 
-        memory = accumulator({"f64": torch.float64}.get(problem.dtype, torch.float32))[0].itemsize
+        memory = accumulator(problem.dtype)[0].itemsize
         facts = {"config": chosen, "images_at_once": images, "partial_bytes": chosen.splits * cdiv(problem.n, images) * pitch * memory}
         return CudaPlan(problem, self.name, run, facts)
 
