@@ -5,8 +5,6 @@ Packing would read it, write it and read it again: 672 to 168 channels at one pi
 
 from __future__ import annotations
 
-import math
-
 from .. import config as options
 from ..codegen.load import load
 from ..codegen.numeric import Numeric
@@ -57,7 +55,7 @@ class Gemv:
             "tasks": tasks, "pixels": problem.n * problem.p * problem.q, "rows": rows, "length": length, "block": block, "weight_row": length * memory,
             "source_pixel": (rows if to_input else length) * memory, "other_pixel": rows * memory,
             "out_pixel": (length if to_input else rows) * memory, "has_bias": int(problem.epilogue.bias and not to_input),
-            "scratch_at": 0, "scratch_size": scratch_size, "scratch_pixel": scratch_pixel,
+            "scratch_at": 0, "scratch_size": scratch_size, "scratch_pixel": scratch_pixel, "segment": _segment(problem, target, length),
         }  # fmt: skip
         facts = {"tasks": tasks, "threads": threads, "predicted_cycles": cycles / threads}
         block_of_arguments = ARGUMENTS.pack(threads, values)
@@ -65,6 +63,15 @@ class Gemv:
 
 
 GEMV = Gemv()
+
+
+def _segment(problem: ConvProblem, target: Target, length: int) -> int:
+    """Columns of the weight's gradient that are computed for all rows of a task before the next ones: those of all pixels fill half of the first-level cache.
+    Not measured with AVX-512, where rows are computed whole."""
+    if target.vector_bytes >= 64:
+        return length
+    unit = 3 * Numeric(problem.dtype, target).lanes
+    return max(1, target.l1 // 2 // (problem.n * problem.p * problem.q * DTYPES[problem.dtype] * unit)) * unit
 
 
 def _check(problem: ConvProblem) -> None:
@@ -87,8 +94,5 @@ def _check(problem: ConvProblem) -> None:
     images = 1 if options.current().reproducible and problem.direction != "grad_weight" else problem.n
     pixels = images * problem.p * problem.q
     most = _MOST_PIXELS[problem.direction]
-    target, weight = targets.target(), math.prod(problem.weight_shape) * DTYPES[problem.dtype]
-    if problem.direction == "grad_weight" and target.vector_bytes < 64 and weight > 2 * target.l2:
-        most = _MOST_PIXELS["forward"]  # Zen 3, 49 pixels: packed panels take 0.5 to 0.8 of the time from 320x1280 on, up to 1.2 below
     if pixels > most:
         raise Unsupported(f"{pixels} pixels: packing pays from {most + 1} on")

@@ -4,7 +4,7 @@ Loop nests, with ``m`` over pixels; tasks are blocks of output channels, in ``gr
 
     forward       for blocks of rows k, of pixels:  y[m][k] = bias[k] + sum over c of w[k][c] * x[m][c]       vectors along c, added up at the end
     grad_input    for blocks of pixels, of rows k:  gx[m][c] += gy[m][k] * w[k][c]                             vectors along c, sums in scratch
-    grad_weight   for blocks of rows k, of c:       gw[k][c] = sum over m of gy[m][k] * x[m][c]                vectors along c
+    grad_weight   for segments of c, rows k:        gw[k][c] = sum over m of gy[m][k] * x[m][c]                vectors along c
 
 The order in which the terms of a result are added depends on the length of the sum alone: not on the blocks of rows and pixels that share a pass.
 """
@@ -24,10 +24,10 @@ __all__ = ["ARGUMENTS", "GemvKernel"]
 
 ARGUMENTS = ArgumentBlock(
     ("tasks", "pixels", "rows", "length", "block", "weight_row", "source_pixel", "other_pixel", "out_pixel", "has_bias", "scratch_at", "scratch_size",
-     "scratch_pixel")
+     "scratch_pixel", "segment")
 )  # fmt: skip
 """``rows`` x ``length``: the weight; ``block``: rows (in grad_input columns) of it in a task.  Pitches are bytes: of rows of the weight and of pixels of the
-operands, and in a thread's scratch (grad_input)."""
+operands, and in a thread's scratch (grad_input).  ``segment`` (grad_weight): columns whose pixels stay in the first-level cache while the rows pass."""
 
 _PIECE = 64  # vectors of a sum along c, and rows of one over rows times two, that are added up from zero: the error stays that of short sums
 
@@ -275,13 +275,17 @@ def _emit_columns(module: Module, numeric: Numeric, kernel: GemvKernel, pixels: 
 
 def _grad_weight(kernel: GemvKernel, module: Module, numeric: Numeric, f: Function, task: Task) -> Callable[[Value], None]:  # noqa: ARG001
     memory, lanes, written = numeric.memory_bytes, numeric.lanes, _written(numeric)
-    count, wide = 4, 4 if numeric.target.registers >= 32 else 2
+    count, wide = 4, 4 if numeric.target.registers >= 32 else 3
 
     def body(index: Value) -> None:
         first = index * task["block"]
         last = f.minimum(first + task["block"], task["rows"])
 
-        def rows(k: Value) -> None:
+        def segment(start: Value) -> None:
+            stop = f.minimum(start + task["segment"], task["length"])
+            f.loop(first, last, count, lambda k: rows(k, start, stop))
+
+        def rows(k: Value, start: Value, stop: Value) -> None:
             numbers = [f.minimum(k + i, last - 1) for i in range(count)]
             out = [task.operand("out") + number * task["weight_row"] for number in numbers]
             gradients = [task.operand("other") + number * memory for number in numbers]
@@ -297,11 +301,11 @@ def _grad_weight(kernel: GemvKernel, module: Module, numeric: Numeric, f: Functi
                 for i, total in enumerate(sums):
                     written.store(f, total, out[i // vectors] + (c + i % vectors * lanes) * memory, lanes, mask)
 
-            whole = f.integer("and", task["length"], -wide * lanes)
-            f.loop(0, whole, wide * lanes, lambda c: block(c, wide))
-            f.loop(whole, task["length"], lanes, lambda c: block(c, 1, f.lane_mask(task["length"] - c, lanes)))
+            whole = start + (stop - start) // (wide * lanes) * (wide * lanes)
+            f.loop(start, whole, wide * lanes, lambda c: block(c, wide))
+            f.loop(whole, stop, lanes, lambda c: block(c, 1, f.lane_mask(stop - c, lanes)))
 
-        f.loop(first, last, count, rows)
+        f.loop(0, task["length"], task["segment"], segment)
         with f.when(task["has_bias"] > 0):
             f.loop(first, last, lanes, lambda k: _bias(f, numeric, task, k, f.lane_mask(last - k, lanes)))
 

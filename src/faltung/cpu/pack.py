@@ -21,6 +21,7 @@ __all__ = ["COLUMN_FIELDS", "TILE_ARGUMENTS", "Arguments", "copy_run", "emit_pac
 
 _BYTES_AHEAD = 128  # weights are transposed in pieces of a cache line at distances of kilobytes, too short for the processor to foresee the next
 _TERMS_AHEAD = 4
+_ROWS_AHEAD = 32  # runs of a line or two, kilobytes apart and perhaps in memory: grad_input of 1x1 layers at 7x7 takes 0.7 to 0.9 of the time (AVX2)
 
 TILE_ARGUMENTS = (
     "source_channel", "source_column", "source_step", "rows", "row_positions", "row_table", "slabs", "slab_table", "column_table",
@@ -350,9 +351,16 @@ def emit_pack_panel(module: Module, numeric: Numeric, second: bool = False, apar
         def line(t: Value) -> None:
             source, target = f["weight"] + f.load_index(f["offsets"], t), place(t, f.value(0))
             ahead = f["weight"] + f.load_index(f["offsets"], f.minimum(t + _TERMS_AHEAD, f["count"] - 1))
+
+            def neighbours() -> None:
+                soon = f["weight"] + f.load_index(f["offsets"], f.minimum(t + _ROWS_AHEAD, f["count"] - 1))
+                for line_ahead in (0, 64):
+                    f.prefetch(soon + line_ahead)
+                _copy_exact(f, numeric, source, target, limit)
+
             f.branch(
                 f["pitch"].equals(memory),
-                lambda: _copy_exact(f, numeric, source, target, limit),
+                neighbours,
                 lambda: _copy_apart(f, numeric, source, target, limit, ahead, apart),
             )
             f.loop(limit, f["width"], 1, lambda j: f.store(f.zero(numeric.compute), target + j * size))
