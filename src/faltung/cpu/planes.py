@@ -119,6 +119,8 @@ def _rival(problem: ConvProblem, target: Target, threads: int) -> float:
     """The cycles that ``direct`` or ``pointwise`` is predicted to take, with the same bits."""
     if target.vector_bytes != 32:
         raise Unsupported("vectors are not of 256 bits: measured with AVX2 only")
+    if problem.r * problem.s > 1 and problem.stride == (1, 1):
+        raise Unsupported("several taps at stride 1: rows that are packed once serve all of them")
     return choose_config(joined(problem) if _Sizes(problem, target).joined else problem, target, threads).cycles
 
 
