@@ -14,9 +14,11 @@ import cases
 import harness
 from faltung import dispatch, testing
 from faltung.codegen.compile import assembly
+from faltung.codegen.emit import Function, Value, vector_type
 from faltung.codegen.numeric import Numeric
-from faltung.cpu import bfloat, direct, direct_weight, pointwise, target
+from faltung.cpu import bfloat, direct, direct_weight, gemv_kernel, micro, pointwise, target
 from faltung.problem import DIRECTIONS, FORMATS, ConvProblem, Direction
+from implementations import verify
 from instruction_sets import needs_isa
 
 PAIRS = "avx512_bf16"
@@ -38,6 +40,7 @@ CASES = (
     *(f"n2c5h6w7k6r3s3 p2,1,1,2 {mode}" for mode in ("reflect", "replicate", "circular")),
     "n2c6h6w8k4r7s7 p3",  # runs of taps longer than a vector
     "n2c400h3w5k18r3s3 p1",  # more than one piece of the reduction
+    "n1c61h7w7k66r3s3 p1",  # an image that is one tile
     "n1c450h1w20k20r1s1",
     "n2c700h3w3k9r1s1",
     *(f"n{n}c{c}h{h}w5k{k}r1s1" for n, c, h, k in ((1, 6, 3, 5), (1, 6, 4, 5), (2, 7, 3, 17), (3, 8, 3, 16), (1, 9, 1, 4), (3, 5, 1, 33))),
@@ -53,6 +56,36 @@ def _problems(direction: Direction) -> list[ConvProblem]:
         for turn, fmt in enumerate(FORMATS)
         for weight_format in (FORMATS[(position + turn) % 2],)
     ]
+
+
+def _emulated_dot(f: Function, left: Value, right: Value, total: Value) -> Value:
+    """The product of pairs by two multiply-adds, for processors without the instruction."""
+    lanes = int(total.type[1:].split()[0])
+    integers = vector_type("i32", lanes)
+
+    def halves(pairs: Value) -> list[Value]:
+        bits = f.cast("bitcast", pairs, integers)
+        low, high = f.define(integers, f"shl {bits}, splat (i32 16)"), f.define(integers, f"and {bits}, splat (i32 -65536)")
+        return [f.cast("bitcast", half, total.type) for half in (low, high)]
+
+    for a, b in zip(halves(left), halves(right)):
+        total = f.fma(a, b, total)
+    return total
+
+
+@needs_isa("avx2")
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("implementation", ("direct", "pointwise", "gemv"))
+def test_pairs_with_an_emulated_product(implementation: str, direction: Direction, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything but the one instruction: vectors of 64 bytes and their masks, lowered by LLVM for this processor."""
+    for module in (bfloat, micro, gemv_kernel):
+        monkeypatch.setattr(module, "dot", _emulated_dot)
+    monkeypatch.setattr(bfloat.Rounded, "narrow", Numeric.narrow)
+    host = target.host_target()
+    lowered = replace(host, isa=PAIRS, features=host.features + ",+sse2", vector_bytes=64, registers=32, masks=True, bfloat16_dot=True)  # a name of its own
+    with target.use_target(lowered):
+        outcome = harness.sweep(_problems(direction), implementation, verify)
+    assert outcome.ran >= {"direct": 60, "pointwise": 20, "gemv": 4}[implementation]
 
 
 @runs_pairs

@@ -171,7 +171,7 @@ class _Search:
         self.reread = packed_bytes / 12 if packed_bytes > target.l2 // 2 else packed_bytes / 64
         self.slow = _PAIR_PIXELS if self.pairs else 1.0 if problem.format == "nchw" else _PIXELS
         # One small image with many channels: as one tile its weights are packed at use, which saves more than the tile, read from the third-level cache, costs.
-        self.alone = problem.n == 1 and orientation == "channels" and packed_bytes > target.l2
+        self.alone = problem.n == 1 and orientation == "channels" and packed_bytes > target.l2 and not self.pairs
         self.least = 0.0 if orientation == "channels" else least_cycles(target, (self.out_channels,), _PIXELS_CHUNK)
 
     def fits(self, tile_p: int, tile_q: int) -> bool:
@@ -279,7 +279,8 @@ def build_plan(problem: ConvProblem, target: Target, threads: int, config: Direc
     """Tables, kernel and argument block for a configuration; ``kept``: with a stage that packs all weights, for a plan that keeps them."""
     roles, numeric = Roles(problem), Numeric(problem.dtype, target)
     rows, columns = axes(problem, config.tile, dense=config.layout == "inner")
-    at_use = not kept and config.orientation == "channels" and problem.n * -(-rows.count // config.tile[0]) * -(-columns.count // config.tile[1]) == 1
+    one_tile = problem.n * -(-rows.count // config.tile[0]) * -(-columns.count // config.tile[1]) == 1
+    at_use = one_tile and not kept and config.orientation == "channels" and not numeric.pairs  # pairs are packed in whole runs of the weight's memory
     kernel = _kernel(problem, roles, numeric, config, columns, at_use)
     size = numeric.compute_bytes
     # Where the source is read in place, the tile's pixels are as far apart as its channels are many, those of other groups included.

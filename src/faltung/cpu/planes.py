@@ -36,6 +36,8 @@ _SLACK = 4096
 _CROWDED = 1024  # planes this many bytes apart crowd in few sets of the second-level cache, which loses the sums between pieces of the reduction
 _CROWDED_PIECES = 64
 _HELD_PIECES = 256
+_PANEL_CACHES = 2  # the largest panel, in second-level caches: every thread holds one
+_MOST_PLACES = 1 << 17
 _TASK_CYCLES = 400.0
 _COSTS = {"row_cycles": 1 / 8, "latency": 4.5}  # 4x3 is 5 to 10 % faster than 6x2, which reads the weight at one and a half times its rate, and than 2x4
 _UNEVEN = 0.1  # of a task: cores are never equally fast, and the last task is waited for
@@ -49,8 +51,9 @@ _PICK_CYCLES = 6.0  # a vector of pixels picked one by one
 
 @dataclass(frozen=True)
 class PlanesConfig:
-    """``block``: output channels by vectors of pixels; ``run``: pixel blocks of a task, ``k_blocks``: tasks that share the output channels of a run;
-    ``chunk``: terms of a piece of the reduction; ``cycles``: the predicted total of all cores."""
+    """``block``: output channels by vectors of pixels, in ``blocks`` of which the first ``wide_blocks`` have all vectors; ``run``: pixel blocks of a
+    task, ``k_blocks``: tasks that share the output channels of a run; ``chunk``: terms of a piece of the reduction; ``cycles``: the predicted total of all
+    cores."""
 
     block: Block
     blocks: int
@@ -72,7 +75,7 @@ class Planes:
 
     def configs(self, problem: ConvProblem, threads: int) -> list[PlanesConfig]:
         """What the tuner may choose from, beside the predicted choice."""
-        return [] if _refusal(problem, targets.target()) else offered_configs(problem, targets.target(), threads)
+        return [] if _refusal(problem, targets.target()) else list(offered_configs(problem, targets.target(), threads))
 
     def plan(self, problem: ConvProblem, threads: int, config: PlanesConfig | None = None) -> CpuPlan:
         """A plan; raises :class:`Unsupported` for what it does not take, and, where it is not asked for by name, where another one is predicted faster."""
@@ -80,15 +83,15 @@ class Planes:
         reason = _refusal(problem, target)
         if reason is not None:
             raise Unsupported(reason)
-        rival = None if config or options.current().implementation == self.name else _rival(problem, target, threads)
-        if config is None:
-            config = offered_configs(problem, target, threads)[0]
-            if rival and rival < _ADVANTAGE * config.cycles:
-                raise Unsupported(f"packed weights are predicted to be faster ({rival:.3g} cycles; {config.cycles:.3g})")
-            if (useful := useful_threads(threads, config.cycles, target)) < threads:
-                threads, config = useful, offered_configs(problem, target, useful)[0]
-        plan = _build_plan(problem, target, threads, config, self.name)
-        if rival and rival < _FROZEN_ADVANTAGE * config.cycles:
+        if config is not None:
+            return _build_plan(problem, target, threads, config, self.name)
+        rival = math.inf if options.current().implementation == self.name else _rival(problem, target, threads)
+        config = offered_configs(problem, target, threads)[0]
+        if rival < _ADVANTAGE * config.cycles:
+            raise Unsupported(f"packed weights are predicted to be faster ({rival:.3g} cycles; {config.cycles:.3g})")
+        useful = useful_threads(threads, config.cycles, target)
+        plan = _build_plan(problem, target, useful, config if useful == threads else offered_configs(problem, target, useful)[0], self.name)
+        if rival < _FROZEN_ADVANTAGE * config.cycles:
             plan.when_frozen = lambda: (POINTWISE if _Sizes(problem, target).joined else DIRECT).plan(problem, threads)
         return plan
 
@@ -112,6 +115,11 @@ def _refusal(problem: ConvProblem, target: Target) -> str | None:
         return f"fewer than {numeric.lanes} pixels an image: vectors run over them"
     if problem.empty:
         return "nothing to compute"
+    sizes = _Sizes(problem, target)
+    if sizes.panel_bytes(min(2, sizes.pixels // numeric.lanes)) > _PANEL_CACHES * target.l2:
+        return f"{sizes.terms} terms: a block of pixels with all of them leaves the second-level cache"
+    if not sizes.joined and sum(taps * size for taps, size in zip((problem.r, problem.s), roles.out_size)) > _MOST_PLACES:
+        return f"more than {_MOST_PLACES} places of rows and columns under the kernel"
     return None
 
 
@@ -121,7 +129,9 @@ def _rival(problem: ConvProblem, target: Target, threads: int) -> float:
         raise Unsupported("vectors are not of 256 bits: measured with AVX2 only")
     if problem.r * problem.s > 1 and problem.stride == (1, 1):
         raise Unsupported("several taps at stride 1: rows that are packed once serve all of them")
-    return choose_config(joined(problem) if _Sizes(problem, target).joined else problem, target, threads).cycles
+    if _Sizes(problem, target).joined:
+        return choose_config(joined(problem), target, threads, None).cycles  # asked as pointwise asks, so that the search is done once
+    return choose_config(problem, target, threads).cycles
 
 
 @dataclass(frozen=True)
@@ -161,10 +171,10 @@ class _Sizes:
 
 
 @lru_cache(maxsize=1024)
-def offered_configs(problem: ConvProblem, target: Target, threads: int) -> list[PlanesConfig]:
+def offered_configs(problem: ConvProblem, target: Target, threads: int) -> tuple[PlanesConfig, ...]:
     """What a tuner may try, the predicted choice first: one configuration for each number of vectors.  All have the same bits."""
     sizes = _Sizes(problem, target)
-    return sorted(_configurations(sizes, threads), key=lambda config: config.cycles)
+    return tuple(sorted(_configurations(sizes, threads), key=lambda config: config.cycles))
 
 
 def _configurations(sizes: _Sizes, threads: int) -> Iterator[PlanesConfig]:
@@ -173,31 +183,32 @@ def _configurations(sizes: _Sizes, threads: int) -> Iterator[PlanesConfig]:
     chunk = piece_length(terms, -(-channels // numeric.lanes), target.vector_bytes)
     pixel_vectors = -(-pixels // numeric.lanes)
     weights = 0.0 if roles.forward else sizes.problem.g * channels * terms * _WEIGHT_CYCLES
+    images = sizes.problem.n * sizes.problem.g
     most = min(4, pixels // numeric.lanes)
     for vectors in range(min(2, most), most + 1):  # blocks of one vector read the weight at twice the rate of two: half the speed and less
+        if vectors > 2 and sizes.panel_bytes(vectors) > _PANEL_CACHES * target.l2:
+            break
         wide, narrow = _blocks(pixel_vectors, vectors)
         block = choose_block(target, (channels,), vectors, chunk, round_vectors=False, least_vectors=vectors, **_COSTS)
-        each = block.cycles * terms + _pack_cycles(sizes, vectors)
-        shorter = each * (vectors - 1) / vectors if narrow else 0.0
-        blocks = wide + narrow
-        mean = (wide * each + narrow * shorter) / blocks
         pack = _pack_cycles(sizes, vectors)
-        pieces = -(-channels // block.rows)
-        images = sizes.problem.n * sizes.problem.g
-        best = None
-        for k_blocks in range(1, min(pieces, 4 * threads) + 1):
-            for runs in range(1, min(blocks, 8 * threads) + 1):
-                run = -(-blocks // runs)
-                if -(-blocks // run) != runs:
-                    continue
-                tasks = images * runs * k_blocks
-                share = -(-pieces // k_blocks) / pieces
-                task = run * (pack + (mean - pack) * share) + _TASK_CYCLES
-                cycles = (math.ceil(tasks / threads) + _UNEVEN) * threads * task + weights
-                if best is None or cycles < best[0]:
-                    best = cycles, run, k_blocks
-        assert best is not None
-        yield PlanesConfig(block, blocks, wide, best[1], best[2], chunk, best[0])
+        blocks, pieces = wide + narrow, -(-channels // block.rows)
+        # of all output channels, in the mean of wide and narrow blocks
+        products = (block.cycles * terms + pack) * (wide + narrow * (vectors - 1) / vectors) / blocks - pack
+
+        def cycles(run: int, k_blocks: int, pieces: int = pieces, blocks: int = blocks, pack: float = pack, products: float = products) -> float:
+            tasks = images * -(-blocks // run) * k_blocks
+            task = run * (pack + products * -(-pieces // k_blocks) / pieces) + _TASK_CYCLES
+            return (math.ceil(tasks / threads) + _UNEVEN) * threads * task + weights
+
+        choices = [(run, k_blocks) for k_blocks in _shares(pieces, 4 * threads) for run in {-(-blocks // runs) for runs in _shares(blocks, 8 * threads)}]
+        run, k_blocks = min(choices, key=lambda choice: (cycles(*choice), choice[1], -choice[0]))
+        yield PlanesConfig(block, blocks, wide, run, k_blocks, chunk, cycles(run, k_blocks))
+
+
+def _shares(total: int, most: int) -> list[int]:
+    """Into how many equal parts to divide ``total``: up to 8, then powers of two and the numbers half way to the next, at most ``most``."""
+    found = [*range(1, 9), *(n for power in range(3, 20) for n in (1 << power, 3 << (power - 1)))]
+    return sorted({n for n in found if n <= min(total, most)})
 
 
 def _blocks(total: int, vectors: int) -> tuple[int, int]:
@@ -213,7 +224,7 @@ def _pack_cycles(sizes: _Sizes, vectors: int) -> float:
         return sizes.terms * vectors * _COPY_CYCLES
     channels, unit = sizes.roles.source_channels, sizes.problem.stride[1] == 1
     lanes = sizes.numeric.lanes
-    return sizes.taps * vectors * (lanes * _PIXEL_CYCLES + channels * (_COPY_CYCLES if unit and sizes.problem.q >= 2 * lanes else _PICK_CYCLES) + 20)
+    return sizes.taps * vectors * (lanes * _PIXEL_CYCLES + channels * (_COPY_CYCLES if unit and sizes.roles.out_size[1] >= 2 * lanes else _PICK_CYCLES) + 20)
 
 
 def _build_plan(problem: ConvProblem, target: Target, threads: int, config: PlanesConfig, name: str) -> CpuPlan:
@@ -260,24 +271,25 @@ def _build_plan(problem: ConvProblem, target: Target, threads: int, config: Plan
         "block": f"{block.rows}x{block.vectors}", "chunk": config.chunk, "tasks": values["tasks"], "run": config.run, "held": held,
         "held_pieces": held_pieces, "predicted_cycles": config.cycles / threads,
     }  # fmt: skip
+    workers = min(threads, values["tasks"])
     loaded = load(kernel.name, target, kernel.emit)
-    return CpuPlan(problem, name, loaded, ARGUMENTS.pack(threads, values), tables, scratch_at + threads * scratch_size, facts, _PACKING if packed else None)
+    return CpuPlan(problem, name, loaded, ARGUMENTS.pack(threads, values), tables, scratch_at + workers * scratch_size, facts, _PACKING if packed else None)
 
 
 def _tables(sizes: _Sizes) -> list[npt.NDArray[np.generic]]:
-    """Source rows' and columns' byte offsets for every tap, -1 for zeros; the weight's byte offset of every term; a zero."""
+    """Source rows' and columns' byte offsets for every tap, -1 for zeros; the weight's byte offset of every term; a zero.  Empty is what no kernel reads."""
     problem, roles = sizes.problem, sizes.roles
     left, _, top, _ = problem.padding
     source = pitches(problem, roles.forward)
     found: list[npt.NDArray[np.generic]] = []
     for axis, taps, before, pitch in ((0, problem.r, top, source[2]), (1, problem.s, left, source[3])):
-        outputs, tap = np.arange(roles.out_size[axis]), np.arange(taps)[:, None] * problem.dilation[axis]
+        outputs, tap = np.arange(0 if sizes.joined else roles.out_size[axis]), np.arange(taps)[:, None] * problem.dilation[axis]
         if roles.forward:
             index = padded_index(outputs * problem.stride[axis] + tap - before, roles.source_size[axis], problem.padding_mode)
         else:
             index = padded_index(outputs + before - tap, roles.source_size[axis], "zeros")
         found.append(np.ascontiguousarray(np.where(index >= 0, index * pitch, -1)))
     strides = weight_strides(problem)
-    channel = np.arange(roles.source_channels)[:, None, None] * strides[1 if roles.forward else 0]
+    channel = np.arange(0 if roles.forward else roles.source_channels)[:, None, None] * strides[0]
     offsets = channel + np.arange(problem.r)[:, None] * strides[2] + np.arange(problem.s) * strides[3]
     return [*found, np.sort(offsets.ravel()), np.zeros(8, np.float64)]

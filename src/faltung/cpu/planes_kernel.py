@@ -1,4 +1,4 @@
-"""The kernel of convolution over planes: implicit GEMM for nchw that reads the weight where it lies.
+"""The kernel of convolution over planes: implicit GEMM for nchw that reads the weight of forward where it lies.
 
 Loop nest (forward; grad_input at stride 1, whose weights are packed first)::
 

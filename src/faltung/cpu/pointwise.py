@@ -76,6 +76,13 @@ class Pointwise:
                 # at 0.6 to 0.8 of its speed.
                 config = replace(config, layout="blocked")
             found = build_plan(row, target, threads, replace(config, packed=not in_place), self.name)
+            if found.when_frozen is not None:
+                found.when_frozen = lambda: self._kept(problem, build_plan(row, target, threads, replace(config, packed=not in_place), self.name, kept=True))
+        return self._kept(problem, found)
+
+    @staticmethod
+    def _kept(problem: ConvProblem, found: CpuPlan) -> CpuPlan:
+        """A plan of the joined row as one of the problem."""
         found.problem = problem
         return found
 

@@ -6,7 +6,7 @@ Pitches count bytes.
 
 from __future__ import annotations
 
-from ..codegen.emit import Function, Module, Value
+from ..codegen.emit import Function, Module, Scalar, Value, vector_type
 from ..codegen.numeric import Numeric
 
 __all__ = ["emit_store_panel", "emit_store_plane"]
@@ -62,7 +62,31 @@ def emit_store_panel(module: Module, numeric: Numeric, out_format: str) -> Funct
 
             f.loop(0, f["columns"], lanes, block)
 
-        def single() -> None:
+        def every_second() -> None:
+            """Two vectors of a row are read, one phase's pixels replaced in them, and written back: the others' are this task's too, since another pixel of
+            this phase follows."""
+            raw_type = vector_type(numeric.memory, lanes)
+
+            def block(q: Value) -> None:
+                q = f.minimum(q, f["columns"] - (lanes + 1))
+
+                def channel_block(k: Value) -> None:
+                    loaded = [f.load(source + (q + i) * pixel + k * size, numeric.vector) for i in range(lanes)]
+                    for i, vector in enumerate(f.transpose(loaded)):
+                        with f.when(k + i < f["valid"]):
+                            place, raw = target + (k + i) * f["out_channel"] + q * (2 * memory), numeric.narrow(f, vector, lanes)
+                            for half in range(2):
+                                at = place + half * lanes * memory
+                                mixed = [lanes + lane if lane % 2 else (half * lanes + lane) // 2 for lane in range(lanes)]
+                                f.store(f.shuffle(raw, f.load(at, raw_type), mixed), at)
+
+                f.loop(0, f["valid"], lanes, channel_block)
+
+            whole = f.maximum(f["columns"] - 1, 0)
+            f.loop(0, whole, lanes, block)
+            single(whole)
+
+        def single(start: Scalar = 0) -> None:
             def channel(k: Value) -> None:
                 plane = target + k * f["out_channel"]
 
@@ -70,7 +94,7 @@ def emit_store_panel(module: Module, numeric: Numeric, out_format: str) -> Funct
                     value = f.load(source + q * pixel + k * size, numeric.compute)
                     numeric.store(f, value, plane + q * f["out_column"], 1)
 
-                f.loop(0, f["columns"], 1, pixel_body)
+                f.loop(start, f["columns"], 1, pixel_body)
 
             f.loop(0, f["valid"], 1, channel)
 
@@ -80,7 +104,11 @@ def emit_store_panel(module: Module, numeric: Numeric, out_format: str) -> Funct
             else:
                 f.branch(f["columns"] >= lanes, lambda: transposed(True), lambda: transposed(False))
 
-        f.branch(f["out_column"].equals(memory), blocks, single)
+        def apart() -> None:
+            seconds = f.integer("and", f["columns"] > lanes, f["out_column"].equals(2 * memory))
+            f.branch(seconds, every_second, single)
+
+        f.branch(f["out_column"].equals(memory), blocks, apart)
 
     f.loop(0, f["rows"], 1, row)
     f.ret()
