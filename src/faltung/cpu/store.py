@@ -62,30 +62,6 @@ def emit_store_panel(module: Module, numeric: Numeric, out_format: str) -> Funct
 
             f.loop(0, f["columns"], lanes, block)
 
-        def every_second() -> None:
-            """Two vectors of a row are read, one phase's pixels replaced in them, and written back: the others' are this task's too, since another pixel of
-            this phase follows."""
-            raw_type = vector_type(numeric.memory, lanes)
-
-            def block(q: Value) -> None:
-                q = f.minimum(q, f["columns"] - (lanes + 1))
-
-                def channel_block(k: Value) -> None:
-                    loaded = [f.load(source + (q + i) * pixel + k * size, numeric.vector) for i in range(lanes)]
-                    for i, vector in enumerate(f.transpose(loaded)):
-                        with f.when(k + i < f["valid"]):
-                            place, raw = target + (k + i) * f["out_channel"] + q * (2 * memory), numeric.narrow(f, vector, lanes)
-                            for half in range(2):
-                                at = place + half * lanes * memory
-                                mixed = [lanes + lane if lane % 2 else (half * lanes + lane) // 2 for lane in range(lanes)]
-                                f.store(f.shuffle(raw, f.load(at, raw_type), mixed), at)
-
-                f.loop(0, f["valid"], lanes, channel_block)
-
-            whole = f.maximum(f["columns"] - 1, 0)
-            f.loop(0, whole, lanes, block)
-            single(whole)
-
         def single(start: Scalar = 0) -> None:
             def channel(k: Value) -> None:
                 plane = target + k * f["out_channel"]
@@ -106,13 +82,42 @@ def emit_store_panel(module: Module, numeric: Numeric, out_format: str) -> Funct
 
         def apart() -> None:
             seconds = f.integer("and", f["columns"] > lanes, f["out_column"].equals(2 * memory))
-            f.branch(seconds, every_second, single)
+            f.branch(seconds, lambda: single(_every_second(f, numeric, source, target)), single)
 
         f.branch(f["out_column"].equals(memory), blocks, apart)
 
     f.loop(0, f["rows"], 1, row)
     f.ret()
     return f
+
+
+def _every_second(f: Function, numeric: Numeric, source: Value, target: Value) -> Value:
+    """One row of ``store_panel`` into every second pixel of nchw, but for the last pixel: how many are done.
+
+    Two vectors of a row are read, one phase's pixels replaced in them, and written back: the others' are the same task's, since another pixel of this phase
+    follows.
+    """
+    size, memory, lanes = numeric.compute_bytes, numeric.memory_bytes, numeric.lanes
+    pixel, raw_type = f["width"] * size, vector_type(numeric.memory, lanes)
+
+    def block(q: Value) -> None:
+        q = f.minimum(q, f["columns"] - (lanes + 1))
+
+        def channel_block(k: Value) -> None:
+            loaded = [f.load(source + (q + i) * pixel + k * size, numeric.vector) for i in range(lanes)]
+            for i, vector in enumerate(f.transpose(loaded)):
+                with f.when(k + i < f["valid"]):
+                    place, raw = target + (k + i) * f["out_channel"] + q * (2 * memory), numeric.narrow(f, vector, lanes)
+                    for half in range(2):
+                        at = place + half * lanes * memory
+                        mixed = [lanes + lane if lane % 2 else (half * lanes + lane) // 2 for lane in range(lanes)]
+                        f.store(f.shuffle(raw, f.load(at, raw_type), mixed), at)
+
+        f.loop(0, f["valid"], lanes, channel_block)
+
+    done = f["columns"] - 1
+    f.loop(0, done, lanes, block)
+    return done
 
 
 def emit_store_plane(module: Module, numeric: Numeric, out_format: str, phases: int) -> Function:
