@@ -313,6 +313,8 @@ def _pack_transposed(f: Function, a: Arguments, numeric: Numeric) -> None:
                     else:
                         read = f.lane_mask(channels - c, lanes)
                         loaded = [numeric.load(f, f.select(inside, p + c * memory, zeros), lanes, read) for inside, p in pointers]
+                    for _, pointer in pointers:  # the same channels of the next pixels
+                        f.prefetch(pointer + c * (size if numeric.pairs else memory) + source_column * lanes)
                     for i, vector in enumerate(f.transpose(loaded)):
                         with f.when(c + i < channels):
                             numeric.put(f, vector, target + (c + i) * tile_channel + x * size, lanes, written)
