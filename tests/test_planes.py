@@ -66,6 +66,8 @@ def test_planes_are_chosen_where_weights_would_be_packed_for_one_image() -> None
         for text in ("forward f32 nchw n1c3h64w64k16r3s3 st2 p1", "grad_input f32 nchw n1c1024h7w7k512r1s1"):
             refusals = dict(dispatch.decide(ConvProblem.parse(text), "cpu", 2).refusals)
             assert "predicted to be faster" in refusals["planes"]
+        refusals = dict(dispatch.decide(ConvProblem.parse("forward f32 nchw n8c512h7w7k512r1s1"), "cpu", 2).refusals)
+        assert "several images" in refusals["planes"]
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ _TASK_CYCLES = 400.0
 _COSTS = {"row_cycles": 1 / 8, "latency": 4.5}  # 4x3 is 5 to 10 % faster than 6x2, which reads the weight at one and a half times its rate, and than 2x4
 _UNEVEN = 0.1  # of a task: cores are never equally fast, and the last task is waited for
 _ADVANTAGE = 0.85  # the other model leaves out the packing of weights and the transposed stores: over 260 layers no ratio above this one was a loss
-_BATCH_ADVANTAGE = 0.92  # weights are packed once for all images: below, layers of 7x7 lose up to a tenth
+_FEW_PIXELS = 64  # several images of 7x7, 1x1 layers: up to 0.75 of the packed kernel's speed, which packs once and reads weights once for each image
 _FROZEN_ADVANTAGE = 0.93  # with weights that are packed already: 512 to 2048 channels at 7x7 take 0.8 of the time, at 14x14 1.1
 _WEIGHT_CYCLES = 1.2  # grad_input: to pack a weight, from and to the caches beyond the first
 _PIXEL_CYCLES = 4.0  # to find the place of one pixel for one tap
@@ -88,7 +88,7 @@ class Planes:
             return _build_plan(problem, target, threads, config, self.name)
         rival = math.inf if options.current().implementation == self.name else _rival(problem, target, threads)
         config = offered_configs(problem, target, threads)[0]
-        if rival < (_ADVANTAGE if problem.n == 1 else _BATCH_ADVANTAGE) * config.cycles:
+        if rival < _ADVANTAGE * config.cycles:
             raise Unsupported(f"packed weights are predicted to be faster ({rival:.3g} cycles; {config.cycles:.3g})")
         useful = useful_threads(threads, config.cycles, target)
         plan = _build_plan(problem, target, useful, config if useful == threads else offered_configs(problem, target, useful)[0], self.name)
@@ -130,7 +130,10 @@ def _rival(problem: ConvProblem, target: Target, threads: int) -> float:
         raise Unsupported("vectors are not of 256 bits: measured with AVX2 only")
     if problem.r * problem.s > 1 and problem.stride == (1, 1):
         raise Unsupported("several taps at stride 1: rows that are packed once serve all of them")
-    if _Sizes(problem, target).joined:
+    sizes = _Sizes(problem, target)
+    if problem.n > 1 and sizes.joined and sizes.pixels < _FEW_PIXELS:
+        raise Unsupported("several images of few pixels: their blocks would read the weight more often than packed panels are read")
+    if sizes.joined:
         return choose_config(joined(problem), target, threads, None).cycles  # asked as pointwise asks, so that the search is done once
     return choose_config(problem, target, threads).cycles
 
