@@ -313,7 +313,7 @@ class _Channels(_Builder):
                         number = q // kernel.rows
                         # the next piece of the panel, each line once: where a layer's weights lie in the third-level cache, up to 20 % of its time
                         ahead = panel + (t0 + length) * (width * size) + f.minimum(number, vectors - 1) * length * 64
-                        if not kernel.packed:
+                        if not kernel.packed and not kernel.at_use:
                             ahead = self.tile_ahead(f, task, t, phase, (index - t["first_panel"]) * phase["count"] + t0, number * length, ahead)
                         call_micro(
                             f, micros[rows, vectors], source=start_of(p, q, index_of_piece), panel=piece_panel,

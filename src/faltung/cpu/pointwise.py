@@ -75,9 +75,10 @@ class Pointwise:
                 # A block of AVX2 is 6 or 4 pixels: read row by row of the image, a piece's rows and its panel do not fit 32 KiB, and the micro-kernel runs
                 # at 0.6 to 0.8 of its speed.
                 config = replace(config, layout="blocked")
-            found = build_plan(row, target, threads, replace(config, packed=not in_place), self.name)
+            chosen = replace(config, packed=not in_place)
+            found = build_plan(row, target, threads, chosen, self.name)
             if found.when_frozen is not None:
-                found.when_frozen = lambda: self._kept(problem, build_plan(row, target, threads, replace(config, packed=not in_place), self.name, kept=True))
+                found.when_frozen = lambda: self._kept(problem, build_plan(row, target, threads, chosen, self.name, kept=True))
         return self._kept(problem, found)
 
     @staticmethod
