@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+from .matrix_tiles import permitted
+
 __all__ = ["TARGETS", "Rates", "Target", "host_target", "runnable_targets", "target", "use_target"]
 
 
@@ -30,7 +32,7 @@ class Target:
 
     ``vector_bytes`` and ``registers`` describe the vector registers; ``fma`` a fused multiply-add, ``masks`` cheap masked memory
     access in every element width, ``half`` conversion instructions between float16 and float32, ``bfloat16_dot`` products of bfloat16 pairs added
-    to float32.  Cache sizes are bytes, one core's.  ``rates`` scale the cost models; no choice that decides bits may look at them.
+    to float32, ``matrix_tiles`` such products of whole matrices (:mod:`faltung.cpu.matrix_tiles`).  Cache sizes are bytes, one core's.  ``rates`` scale the cost models; no choice that decides bits may look at them.
     """
 
     isa: str
@@ -43,6 +45,7 @@ class Target:
     masks: bool = False
     half: bool = True
     bfloat16_dot: bool = False
+    matrix_tiles: bool = False
     l1: int = 32 << 10
     l2: int = 1 << 20
     rates: Rates = Rates()
@@ -55,6 +58,7 @@ class Target:
 _X86 = "x86_64-unknown-linux-gnu"
 _AVX512_FLAGS = {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512cd"}
 TARGETS: dict[str, Target] = {
+    "amx": Target("amx", _X86, "sapphirerapids", "-prefer-256-bit", 64, 32, masks=True, bfloat16_dot=True, matrix_tiles=True),
     "avx512_bf16": Target("avx512_bf16", _X86, "cooperlake", "-prefer-256-bit", 64, 32, masks=True, bfloat16_dot=True),
     "avx512": Target("avx512", _X86, "skylake-avx512", "-prefer-256-bit", 64, 32, masks=True),
     "avx2": Target("avx2", _X86, "haswell", "", 32, 16),
@@ -99,6 +103,8 @@ def runnable_targets() -> tuple[str, ...]:
         return ()
     flags = _cpu_flags()
     names = []
+    if flags >= {*_AVX512_FLAGS, "avx512_bf16", "amx_tile", "amx_bf16"} and permitted():
+        names.append("amx")
     if flags >= {*_AVX512_FLAGS, "avx512_bf16"}:
         names.append("avx512_bf16")
     if flags >= _AVX512_FLAGS:
@@ -126,7 +132,7 @@ def host_target() -> Target:
     cpu, features = (base.cpu, base.features) if wanted not in (None, names[0]) else host_cpu()
     return Target(
         base.isa, base.triple, cpu, features, base.vector_bytes, base.registers, base.fma, base.masks, base.half, base.bfloat16_dot,
-        l1=_cache_bytes(1, base.l1), l2=_cache_bytes(2, base.l2),
+        base.matrix_tiles, l1=_cache_bytes(1, base.l1), l2=_cache_bytes(2, base.l2),
     )  # fmt: skip
 
 
