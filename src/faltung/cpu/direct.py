@@ -25,7 +25,7 @@ from .target import Target
 from .tile import PAGE, Tile, align, pitches, row_pitch, weight_strides
 from .tiling import Block, choose_block, least_cycles, piece_length, split_count, tile_candidates, useful_threads
 
-__all__ = ["DIRECT", "Direct", "DirectConfig", "choose_config", "offered_configs"]
+__all__ = ["DIRECT", "Direct", "DirectConfig", "choose_config", "elements_apart", "offered_configs"]
 
 _PAIR_CHUNK = 192  # bfloat16 pairs take half the time: longer pieces, for fewer trips of the sums through memory
 _ROW_CYCLES = 1 / 8  # nhwc: pixels come from the second-level cache, at distances that may share a cache set: 6x4 beats 14x2 by 2 to 15 %
@@ -318,7 +318,7 @@ def _kernel(problem: ConvProblem, roles: Roles, numeric: Numeric, config: Direct
     return DirectKernel(
         numeric.target, problem.dtype, problem.format, config.orientation, config.layout, min(columns.step, 3), block.rows, block.vectors,
         narrow_rows, narrow_vectors, partial and in_place, in_place, 1 if channels else max(1, len(columns.phases)), config.packed,
-        _spread(problem, roles, numeric, config), _apart(problem, roles, numeric, channels), at_use,
+        _spread(problem, roles, numeric, config), elements_apart(problem, numeric.target) if channels and not numeric.converts else 0, at_use,
     )  # fmt: skip
 
 
@@ -328,12 +328,11 @@ def _spread(problem: ConvProblem, roles: Roles, numeric: Numeric, config: Direct
     return channels if numeric.pairs and config.layout == "inner" and problem.g == 1 and channels in (1, 3, 5, 7) else 0
 
 
-def _apart(problem: ConvProblem, roles: Roles, numeric: Numeric, channels: bool) -> int:
-    """How many elements apart neighbouring output channels' weights are, where packing them one by one takes longer than picking vectors out of vectors
-    (512x512x3x3: 1.0 ms one by one)."""
+def elements_apart(problem: ConvProblem, target: Target) -> int:
+    """How many elements apart the weights of neighbouring input channels are in grad_input, where vectors of them can be picked out of a few vectors; else 0."""
     taps = problem.r * problem.s
-    vectors = numeric.target.masks or numeric.target.vector_bytes == 32  # with AVX2 layers of 512 channels at 14x14 take 0.9 of the time
-    picks = channels and not roles.forward and problem.weight_format == "nchw" and not numeric.converts and vectors
+    vectors = target.masks or target.vector_bytes == 32  # with AVX2 layers of 512 channels at 14x14 take 0.9 of the time
+    picks = problem.direction == "grad_input" and problem.weight_format == "nchw" and vectors
     return taps if picks and 1 < taps <= 9 else 0
 
 

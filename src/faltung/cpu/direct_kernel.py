@@ -27,7 +27,7 @@ from .store import emit_store_panel, emit_store_plane
 from .target import Target
 from .tile import block_room
 
-__all__ = ["ARGUMENTS", "PHASE_FIELDS", "DirectKernel"]
+__all__ = ["ARGUMENTS", "PHASE_FIELDS", "DirectKernel", "TileBuilder"]
 
 PHASE_FIELDS = ("count", "tile_offsets", "weight_offsets", "packed", "row_start", "row_count", "column_start", "column_count")
 """A phase: length of its reduction, addresses of the tile's and the weight's byte offsets along it, place of its panels in the workspace,
@@ -101,16 +101,19 @@ def load_phase(f: Function, phase: Value) -> dict[str, Value]:
     return {name: f.load(phase + 8 * i) for i, name in enumerate(PHASE_FIELDS)}
 
 
-class _Builder:
-    """What both orientations share: weight packing, task decoding, tiles."""
+class TileBuilder:
+    """What kernels that multiply packed tiles share: weight packing, task decoding, tiles."""
 
     def __init__(self, kernel: DirectKernel, module: Module, numeric: Numeric) -> None:
         self.kernel, self.module, self.numeric = kernel, module, numeric
         self.pack_panel = emit_pack_pairs(module, numeric) if numeric.pairs else emit_pack_panel(module, numeric, apart=kernel.apart)
         self.stored = Rounded(numeric.dtype, numeric.target) if numeric.pairs else numeric
-        self.pack_tile = None
-        if kernel.packed and kernel.layout != "blocked":
-            self.pack_tile = emit_pack_tile(module, ARGUMENTS, numeric, kernel.format, kernel.layout, kernel.step, spread=kernel.spread)
+        self.pack_tile = self.emit_pack_tile() if kernel.packed and kernel.layout != "blocked" else None
+
+    def emit_pack_tile(self) -> Function:
+        """``pack_tile(block, source, tile, p0, q0, channels)``, see :func:`faltung.cpu.pack.emit_pack_tile`."""
+        kernel = self.kernel
+        return emit_pack_tile(self.module, ARGUMENTS, self.numeric, kernel.format, kernel.layout, kernel.step, spread=kernel.spread)
 
     @property
     def widths(self) -> tuple[int, int]:
@@ -242,7 +245,7 @@ class _Builder:
             f.loop(wide, count, 1, lambda i: body(i * (size - 1) + wide, size - 1, i))
 
 
-class _Channels(_Builder):
+class _Channels(TileBuilder):
     """Vectors over output channels."""
 
     def __init__(self, kernel: DirectKernel, module: Module, numeric: Numeric) -> None:
@@ -352,7 +355,7 @@ class _Channels(_Builder):
         return f.select(position >= 0, following + position * 64, otherwise)
 
 
-class _Pixels(_Builder):
+class _Pixels(TileBuilder):
     """Vectors over pixels: whole rows of the tile, one after the other at the scratch's row pitch."""
 
     def __init__(self, kernel: DirectKernel, module: Module, numeric: Numeric) -> None:

@@ -17,7 +17,7 @@ from ..codegen.entry import ArgumentBlock
 from ..codegen.numeric import Numeric
 from .bfloat import Halves, Joined
 
-__all__ = ["COLUMN_FIELDS", "TILE_ARGUMENTS", "Arguments", "copy_run", "emit_pack_panel", "emit_pack_tile", "zero_run"]
+__all__ = ["COLUMN_FIELDS", "TILE_ARGUMENTS", "Arguments", "clamped_interior", "copy_run", "emit_pack_panel", "emit_pack_tile", "slab_fields", "zero_run"]
 
 _BYTES_AHEAD = 128  # weights are transposed in pieces of a cache line at distances of kilobytes, too short for the processor to foresee the next
 _TERMS_AHEAD = 4
@@ -103,12 +103,12 @@ def emit_pack_tile(
     return f
 
 
-def _slab(f: Function, a: Arguments, index: Value) -> dict[str, Value]:
+def slab_fields(f: Function, a: Arguments, index: Value) -> dict[str, Value]:
     base = a.table("slab_table") + index * (8 * len(COLUMN_FIELDS))
     return {name: f.load(base + 8 * i) for i, name in enumerate(COLUMN_FIELDS)}
 
 
-def _clamped_interior(f: Function, slab: dict[str, Value]) -> tuple[Value, Value]:
+def clamped_interior(f: Function, slab: dict[str, Value]) -> tuple[Value, Value]:
     """Columns of the tile at hand that lie inside the image: ``start <= x < stop``."""
     start = f.minimum(f.maximum(slab["interior_start"] - f["q0"], 0), slab["length"])
     return start, f.maximum(f.minimum(slab["interior_stop"] - f["q0"], slab["length"]), start)
@@ -143,8 +143,8 @@ def _pack_rows(f: Function, a: Arguments, numeric: Numeric, step: int, second: b
         reader = numeric if terms == 1 else Joined.of(f, numeric, source_channel, c * 2 + 1 < f["channels"])
 
         def slab_body(index: Value) -> None:
-            slab = _slab(f, a, index)
-            start, stop = _clamped_interior(f, slab)
+            slab = slab_fields(f, a, index)
+            start, stop = clamped_interior(f, slab)
             columns = column_table + (slab["table_start"] + f["q0"]) * 8
             first = (slab["offset"] + f["q0"] * distance) * memory
 
@@ -229,7 +229,7 @@ def _pack_pixels(f: Function, a: Arguments, numeric: Numeric, step: int, second:
         line, tile = f["source"] + offset, f["tile"] + j * a["tile_row"]
 
         def slab_body(index: Value) -> None:
-            slab = _slab(f, a, index)
+            slab = slab_fields(f, a, index)
             target = tile + slab["start"] * pixel
             columns = column_table + (slab["table_start"] + f["q0"]) * 8
 
@@ -245,7 +245,7 @@ def _pack_pixels(f: Function, a: Arguments, numeric: Numeric, step: int, second:
                 if step != 1:
                     f.loop(0, slab["length"], 1, border)
                     return
-                start, stop = _clamped_interior(f, slab)
+                start, stop = clamped_interior(f, slab)
                 first = line + (slab["offset"] + f["q0"] + start) * source_column
                 f.loop(0, start, 1, border)
                 if spread:
@@ -292,7 +292,7 @@ def _pack_transposed(f: Function, a: Arguments, numeric: Numeric) -> None:
         line = f["source"] + offset
 
         def slab_body(index: Value) -> None:
-            slab = _slab(f, a, index)
+            slab = slab_fields(f, a, index)
             target = f["tile"] + slab["start"] + j * a["tile_row"]
             columns = column_table + (slab["table_start"] + f["q0"]) * 8
             last = slab["length"] - 1

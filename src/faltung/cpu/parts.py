@@ -46,7 +46,7 @@ def split(f: Function, value: Value, lanes: int, parts: int) -> list[Value]:
         bits = f.cast("bitcast", f.cast("fptrunc", value, vector_type("bfloat", lanes)), short)
         found.append(bits)
         if index + 1 < parts:
-            back = f.cast("bitcast", f.define(wide, f"shl {f.cast('zext', bits, wide)}, splat (i32 16)"), single)
+            back = f.cast("bitcast", f.define(wide, f"shl {f.cast('zext', bits, wide)}, {'16' if lanes == 1 else 'splat (i32 16)'}"), single)
             value = f.fsub(value, back)
     return found
 

@@ -64,7 +64,8 @@ class Tile:
     distance of neighbouring outputs' reads.
 
     ``source`` are the gathered operand's byte pitches (image, channel, row, column), ``size`` the bytes of the compute type.  ``packed``: the tile
-    is a copy, whose pitches can be chosen.  ``blocked`` is for one row: pieces of ``block`` columns, each a run of its own with all channels.
+    is a copy, whose pitches can be chosen.  ``blocked`` is for one row: pieces of ``block`` columns, each a run of its own with all channels.  In ``linear``
+    a pixel's channels are neighbours, and outputs that are neighbours in a column read pixels a row's pitch apart: a run of pixels may go on in the next row.
     """
 
     def __init__(
@@ -80,6 +81,13 @@ class Tile:
                 self.column += 64
             self.row = columns.scratch_starts[-1] * self.column
             self.bytes = scratch_rows * self.row
+        elif layout == "linear":
+            self.channel, self.column = size, channels * size
+            if packed and meets_itself(self.column):
+                self.column += 64
+            self.row = self.pixels * self.column
+            self.slab = scratch_rows * self.row
+            self.bytes = len(columns.slabs) * self.slab
         elif layout == "blocked":
             self.column, self.slab, self.channel = size, 0, block_room(block) * size
             self.row = odd_lines(channels * self.channel)

@@ -1,0 +1,240 @@
+"""Convolution on matrix tiles (AMX): forward and grad_input, for any kernel, stride, dilation, groups and padding mode.
+
+bfloat16 is multiplied as it is, float32 and float16 as sums of bfloat16 parts (:mod:`faltung.cpu.parts`).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+
+from ..codegen.load import load
+from ..dispatch import Unsupported
+from ..problem import DTYPES, ConvProblem
+from . import target as targets
+from .amx_kernel import ARGUMENTS, PANEL, AmxKernel
+from .direct import Roles, elements_apart
+from .direct_kernel import PHASE_FIELDS
+from .frozen import Packing
+from .geometry import Axis, axes
+from .matrix_tiles import MAX_PAIRS, ROWS, palette
+from .parts import PARTS, PRODUCTS
+from .plan import CpuPlan
+from .pointwise import joined
+from .target import Target
+from .tile import PAGE, Tile, align, meets_itself, pitches, row_pitch, weight_strides
+from .tiling import split_count, tile_candidates, useful_threads
+
+__all__ = ["AMX", "Amx", "AmxConfig", "choose_config"]
+
+_SLACK = 4096
+_STEP_CYCLES = 64.0  # four products of 16 rows
+_CALL_CYCLES = 120.0  # of a micro-kernel: sums are loaded and stored, the first products wait for each other
+_TASK_CYCLES = 600.0
+
+
+@dataclass(frozen=True)
+class AmxConfig:
+    """Sizes of one convolution: ``tile`` outputs (of each phase), ``k_blocks`` tasks that share a tile; ``cycles`` is the predicted total of all cores."""
+
+    tile: tuple[int, int]
+    k_blocks: int
+    packed: bool
+    cycles: float
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """What a problem's pixels and reduction look like to matrix tiles."""
+
+    pairs: int
+    blocks: int
+    parts: int
+
+    @classmethod
+    def of(cls, problem: ConvProblem) -> _Sizes:
+        wanted = -(-Roles(problem).source_channels // 2)
+        blocks = -(-wanted // MAX_PAIRS)
+        return cls(-(-wanted // blocks), blocks, PARTS[problem.dtype])
+
+    @property
+    def room(self) -> int:
+        """Channels of a packed pixel."""
+        return 2 * self.pairs * self.blocks
+
+
+def _reads_in_place(problem: ConvProblem) -> bool:
+    """Whether the pixels of a joined row are runs of bfloat16 as they lie in memory."""
+    roles, sizes = Roles(problem), _Sizes.of(problem)
+    plain = problem.dtype == "bf16" and problem.format == "nhwc" and problem.h == 1 and (problem.r, problem.s) == (1, 1) and problem.stride == (1, 1)
+    pixel = problem.g * roles.source_channels * 2
+    return plain and problem.padding == (0, 0, 0, 0) and sizes.room == roles.source_channels and problem.w >= ROWS and not meets_itself(pixel)
+
+
+@lru_cache(maxsize=1024)
+def choose_config(problem: ConvProblem, target: Target, threads: int) -> AmxConfig:
+    """The configuration predicted to be fastest.  No choice changes the bits."""
+    roles, sizes = Roles(problem), _Sizes.of(problem)
+    packed = not _reads_in_place(problem)
+    rows, columns = axes(problem, (1, 1))
+    best: AmxConfig | None = None
+    for tile_q in tile_candidates(columns.count):
+        if not packed and tile_q < min(problem.w, ROWS):
+            break
+        for tile_p in tile_candidates(rows.count):
+            config = _predict(problem, target, threads, roles, sizes, packed, *axes(problem, (tile_p, tile_q)))
+            if config is not None and (best is None or config.cycles < best.cycles):
+                best = config
+        if best is not None and tile_q * max(1, rows.count) < 16 * ROWS:
+            break
+    if best is None:
+        tile = axes(problem, (1, 1))
+        best = _predict(problem, target, threads, roles, sizes, packed, *tile, whole=True)
+    assert best is not None
+    return best
+
+
+def _predict(
+    problem: ConvProblem, target: Target, threads: int, roles: Roles, sizes: _Sizes, packed: bool, rows: Axis, columns: Axis, whole: bool = False
+) -> AmxConfig | None:
+    """The configuration of these tiles; None where they do not fit the second-level cache."""
+    nhwc, pitch = problem.format == "nhwc", row_pitch(columns)
+    scratch = rows.scratch_starts[-1] * pitch * max(1, len(columns.slabs)) if packed else 0
+    sums = ((rows.tile - 1) * pitch + columns.tile) * PANEL * 64
+    if not whole and scratch * sizes.room * 2 * sizes.parts + sums > target.l2 // 2:
+        return None
+    vectors = -(-roles.out_channels // 16)
+    panels = -(-vectors // PANEL)
+    products = sum(len(chosen) for chosen in PRODUCTS[sizes.parts])
+    pack = scratch * (sizes.room * _pack_cycles(problem, columns.step) + 6.0)
+    each = 0.0
+    for row in rows.phases:
+        for column in columns.phases:
+            # The mean tile: the last ones are smaller.
+            high, wide = row.count / max(1, -(-rows.count // rows.tile)), column.count / max(1, -(-columns.count // columns.tile))
+            linear = max(0.0, (high - 1) * pitch + wide)
+            steps = len(row.taps) * len(column.taps) * sizes.blocks
+            blocks = max(1.0, math.ceil(linear / ROWS) / 2)
+            store = high * wide * ((8.0 if nhwc else 14.0) if columns.output_step == 1 or nhwc else 60.0)
+            each += panels * (blocks * (steps * _STEP_CYCLES * products + _CALL_CYCLES) + store)
+    tasks = problem.n * problem.g * -(-rows.count // rows.tile) * -(-columns.count // columns.tile)
+    k_blocks = 1
+    if tasks < 2 * threads:
+        wanted = min(panels, -(-2 * threads // max(1, tasks)))
+        k_blocks = -(-panels // -(-panels // wanted))
+    cycles = math.ceil(tasks * k_blocks / threads) * threads * (pack + each / k_blocks + _TASK_CYCLES)
+    return AmxConfig((rows.tile, columns.tile), k_blocks, packed, cycles)
+
+
+def _pack_cycles(problem: ConvProblem, step: int) -> float:
+    """Cycles to pack a channel of a pixel."""
+    if problem.format == "nhwc":
+        return {"bf16": 2.0 / 32, "f16": 9.0 / 16, "f32": 12.0 / 16}[problem.dtype]
+    return {"bf16": 10.0 / 32, "f16": 16.0 / 16, "f32": 18.0 / 16}[problem.dtype] * (1.0 if step == 1 else 1.5 if step == 2 else 6.0)
+
+
+class _Phases:
+    """The phases' reductions: where the tile holds each step's channels, where the weight holds each term, and where the packed panels lie."""
+
+    def __init__(self, problem: ConvProblem, roles: Roles, sizes: _Sizes, padded: int, tile: Tile, rows: Axis, columns: Axis) -> None:
+        weight = weight_strides(problem)
+        between = weight[1 if roles.forward else 0]
+        self.tap_major = between < min(weight[2], weight[3]) and problem.r * problem.s > 1
+        channels = np.arange(roles.source_channels, dtype=np.int64) * between
+        steps = np.arange(sizes.blocks, dtype=np.int64) * (4 * sizes.pairs)
+        self.tables: list[npt.NDArray[np.int64]] = []
+        self.contiguous, self.packed_bytes, self.most_taps = True, 0, 0
+        records = []
+        for row in rows.phases:
+            for column in columns.phases:
+                found = sorted((a.kernel_index * weight[2] + b.kernel_index * weight[3], tile.offset(a, b)) for a in row.taps for b in column.taps)
+                taps, places = (np.array([pair[i] for pair in found], dtype=np.int64) for i in (0, 1))
+                weights = (taps[:, None] + channels if self.tap_major else channels[:, None] + taps).reshape(-1)
+                offsets = (steps[:, None] + places).reshape(-1)
+                self.tables += [offsets, weights]
+                self.contiguous &= self.tap_major or bool((np.diff(weights) == DTYPES[problem.dtype]).all())
+                self.most_taps = max(self.most_taps, len(found))
+                count = len(offsets) * sizes.pairs * sizes.parts
+                spans = (row.start, row.count, column.start, column.count)
+                records.append((count, offsets.ctypes.data, weights.ctypes.data, self.packed_bytes, *spans))
+                self.packed_bytes = align(self.packed_bytes + problem.g * padded * count * 4)
+        self.records = np.array(records, dtype=np.int64).reshape(-1, len(PHASE_FIELDS))
+
+
+def build_plan(problem: ConvProblem, target: Target, threads: int, config: AmxConfig) -> CpuPlan:
+    """Tables, kernel and argument block for a configuration."""
+    roles, sizes = Roles(problem), _Sizes.of(problem)
+    rows, columns = axes(problem, config.tile)
+    strides, source, out = weight_strides(problem), pitches(problem, roles.forward), pitches(problem, not roles.forward)
+    channels = sizes.room if config.packed else problem.g * roles.source_channels
+    tile = Tile(rows, columns, "linear", channels, 2, source, config.packed)
+    vectors = -(-roles.out_channels // 16)
+    panels, wide, padded = -(-vectors // PANEL), split_count(vectors, PANEL)[0], vectors * 16
+    phases = _Phases(problem, roles, sizes, padded, tile, rows, columns)
+    kernel = AmxKernel(target, problem.dtype, problem.format, min(columns.step, 3), wide < panels, config.packed, elements_apart(problem, target))
+    part = align(tile.bytes + ROWS * tile.column)
+    c_at = align(part * sizes.parts + _SLACK) if config.packed else 0
+    linear = (config.tile[0] - 1) * (tile.row // tile.column) + config.tile[1]
+    sums = (max(ROWS, linear) + ROWS) * PANEL * 64  # the transposing store reads whole blocks of pixels
+    pack_rows = 2 * sizes.pairs * phases.most_taps * PANEL * 64 + _SLACK
+    bias_group = padded * 4
+    shapes = palette(sizes.pairs)
+    p_tiles, q_tiles = -(-rows.count // config.tile[0]), -(-columns.count // config.tile[1])
+    block_panels = -(-panels // config.k_blocks)
+    k_blocks = -(-panels // block_panels)
+    values = {
+        **tile.arguments(), "room": sizes.room, "tile_part": part,
+        "pack_tasks": len(phases.records) * problem.g * panels, "tasks": problem.n * problem.g * p_tiles * q_tiles * k_blocks,
+        "phases": phases.records.ctypes.data, "row_phases": len(rows.phases), "column_phases": len(columns.phases),
+        "p_tiles": p_tiles, "q_tiles": q_tiles, "tile_p": config.tile[0], "tile_q": config.tile[1], "k_blocks": k_blocks, "block_panels": block_panels,
+        "wide_panels": wide, "panels": panels, "groups": problem.g, "source_channels": roles.source_channels,
+        "out_channels": roles.out_channels, "source_image": source[0], "source_group": source[1] * roles.source_channels,
+        "out_image": out[0], "out_group": out[1] * roles.out_channels, "out_row": out[2], "out_column": out[3], "out_channel": out[1],
+        "weight_group": strides[0] * problem.kg, "weight_pitch": strides[0 if roles.forward else 1], "weight_contiguous": int(phases.contiguous),
+        "bias_at": phases.packed_bytes, "bias_group": bias_group, "has_bias": int(problem.epilogue.bias and roles.forward),
+        "scratch_at": align(phases.packed_bytes + problem.g * bias_group + 64, PAGE), "scratch_size": align(max(c_at + sums, pack_rows) + _SLACK) + 64 * 9,
+        "c_at": c_at, "column_advance": columns.advance, "palette": shapes.ctypes.data, "pairs": sizes.pairs, "channel_blocks": sizes.blocks,
+        "tap_major": int(phases.tap_major),
+    }  # fmt: skip
+    block = ARGUMENTS.pack(threads, values)
+    facts = {
+        "tile": f"{config.tile[0]}x{config.tile[1]}", "pairs": sizes.pairs, "parts": sizes.parts, "in_place": not config.packed,
+        "tasks": values["tasks"], "predicted_cycles": config.cycles / threads,
+    }  # fmt: skip
+    workspace_bytes = values["scratch_at"] + threads * values["scratch_size"]
+    tables = [*tile.tables, *phases.tables, phases.records, shapes]
+    return CpuPlan(problem, AMX.name, load(kernel.name, target, kernel.emit), block, tables, workspace_bytes, facts, _PACKING)
+
+
+class Amx:
+    """The implementation named ``amx``, for forward and grad_input."""
+
+    name = "amx"
+
+    def plan(self, problem: ConvProblem, threads: int) -> CpuPlan:
+        """A plan; raises :class:`Unsupported` for what it does not take."""
+        target = targets.target()
+        if not target.matrix_tiles:
+            raise Unsupported("the processor has no matrix tiles (AMX)")
+        if problem.direction == "grad_weight":
+            raise Unsupported("grad_weight is amx_weight's")
+        if problem.dtype not in PARTS:
+            raise Unsupported(f"{problem.dtype} is no sum of a few bfloat16 numbers")
+        if problem.direction == "grad_input" and problem.padding_mode != "zeros":
+            raise Unsupported("grad_input in this padding mode is padded_grad_input's")
+        one = (problem.r, problem.s, *problem.stride, *problem.padding) == (1, 1, 1, 1, 0, 0, 0, 0)
+        row = joined(problem) if one else problem
+        config = choose_config(row, target, threads)
+        if (useful := useful_threads(threads, config.cycles, target)) < threads:
+            threads, config = useful, choose_config(row, target, useful)
+        found = build_plan(row, target, threads, config)
+        found.problem = problem
+        return found
+
+
+AMX = Amx()
+_PACKING = Packing(ARGUMENTS, "pack_tasks", "tasks")
