@@ -35,6 +35,9 @@ _SLACK = 4096
 _STEP_CYCLES = 64.0  # four products of 16 rows
 _CALL_CYCLES = 120.0  # of a micro-kernel: sums are loaded and stored, the first products wait for each other
 _TASK_CYCLES = 600.0
+_SUM_PIXELS = 128  # whose sums stay in the first-level cache until they are stored, 16 KiB
+_CHUNK_BYTES = 20 << 10  # of a panel, which stays there too: read from the second level for every 32 pixels, operands take longer to load than to multiply
+_L3_BYTES = 12.0  # a cycle, of weights that do not fit the second-level cache
 
 
 @dataclass(frozen=True)
@@ -103,22 +106,23 @@ def _predict(
 ) -> AmxConfig | None:
     """The configuration of these tiles; None where they do not fit the second-level cache."""
     nhwc, pitch = problem.format == "nhwc", row_pitch(columns)
-    scratch = rows.scratch_starts[-1] * pitch * max(1, len(columns.slabs)) if packed else 0
-    sums = ((rows.tile - 1) * pitch + columns.tile) * PANEL * 64
-    if not whole and scratch * sizes.room * 2 * sizes.parts + sums > target.l2 // 2:
+    scratch = rows.scratch_starts[-1] * pitch * max(1, len(columns.slabs))
+    if not whole and scratch * sizes.room * 2 * sizes.parts > target.l2 * 3 // 8:
         return None
     vectors = -(-roles.out_channels // 16)
     panels = -(-vectors // PANEL)
     products = sum(len(chosen) for chosen in PRODUCTS[sizes.parts])
-    pack = scratch * (sizes.room * _pack_cycles(problem, columns.step) + 6.0)
-    each = 0.0
+    pack = (scratch if packed else 0) * (sizes.room * _pack_cycles(problem, columns.step) + 6.0)
+    weight_bytes = problem.r * problem.s * sizes.room * vectors * 16 * 2 * sizes.parts
+    each = weight_bytes / (_L3_BYTES if weight_bytes > target.l2 // 2 else 64.0)
     for row in rows.phases:
         for column in columns.phases:
             # The mean tile: the last ones are smaller.
             high, wide = row.count / max(1, -(-rows.count // rows.tile)), column.count / max(1, -(-columns.count // columns.tile))
-            linear = max(0.0, (high - 1) * pitch + wide)
+            together = sum_rows(rows.tile, columns.tile, pitch)
+            linear = max(0.0, (min(together, high) - 1) * pitch + wide)
             steps = len(row.taps) * len(column.taps) * sizes.blocks
-            blocks = max(1.0, math.ceil(linear / ROWS) / 2)
+            blocks = math.ceil(linear / (2 * ROWS)) * max(1.0, high / together)
             store = high * wide * ((8.0 if nhwc else 14.0) if columns.output_step == 1 or nhwc else 60.0)
             each += panels * (blocks * (steps * _STEP_CYCLES * products + _CALL_CYCLES) + store)
     tasks = problem.n * problem.g * -(-rows.count // rows.tile) * -(-columns.count // columns.tile)
@@ -135,6 +139,13 @@ def _pack_cycles(problem: ConvProblem, step: int) -> float:
     if problem.format == "nhwc":
         return {"bf16": 2.0 / 32, "f16": 9.0 / 16, "f32": 12.0 / 16}[problem.dtype]
     return {"bf16": 10.0 / 32, "f16": 16.0 / 16, "f32": 18.0 / 16}[problem.dtype] * (1.0 if step == 1 else 1.5 if step == 2 else 6.0)
+
+
+def sum_rows(rows: int, columns: int, pitch: int) -> int:
+    """Rows of a tile whose sums are stored together: as many as leave the least of the matrix tiles empty."""
+    step = 2 * ROWS
+    fitting = [g for g in range(1, rows + 1) if (g - 1) * pitch + columns <= _SUM_PIXELS] or [1]
+    return max(fitting, key=lambda g: (g * columns / (-(-((g - 1) * pitch + columns) // step) * step), g))
 
 
 class _Phases:
@@ -176,16 +187,20 @@ def build_plan(problem: ConvProblem, target: Target, threads: int, config: AmxCo
     panels, wide, padded = -(-vectors // PANEL), split_count(vectors, PANEL)[0], vectors * 16
     phases = _Phases(problem, roles, sizes, padded, tile, rows, columns)
     kernel = AmxKernel(target, problem.dtype, problem.format, min(columns.step, 3), wide < panels, config.packed, elements_apart(problem, target))
-    part = align(tile.bytes + ROWS * tile.column)
+    room = 4 * ROWS * tile.column  # behind the last pixel
+    part = align(tile.bytes + room)
     c_at = align(part * sizes.parts + _SLACK) if config.packed else 0
-    linear = (config.tile[0] - 1) * (tile.row // tile.column) + config.tile[1]
-    sums = (max(ROWS, linear) + ROWS) * PANEL * 64  # the transposing store reads whole blocks of pixels
+    together = sum_rows(config.tile[0], config.tile[1], tile.row // tile.column)
+    linear = (together - 1) * (tile.row // tile.column) + config.tile[1]
+    sums = (linear + 4 * ROWS) * PANEL * 64  # in whole matrix tiles; the transposing store reads blocks of 16 pixels
     pack_rows = 2 * sizes.pairs * phases.most_taps * PANEL * 64 + _SLACK
     bias_group = padded * 4
     shapes = palette(sizes.pairs)
     p_tiles, q_tiles = -(-rows.count // config.tile[0]), -(-columns.count // config.tile[1])
     block_panels = -(-panels // config.k_blocks)
     k_blocks = -(-panels // block_panels)
+    # The small products come first in the whole reduction: that of several parts is not taken in pieces.
+    chunk = max(1, _CHUNK_BYTES // (sizes.pairs * PANEL * 64)) if sizes.parts == 1 and config.packed else 1 << 30
     values = {
         **tile.arguments(), "room": sizes.room, "tile_part": part,
         "pack_tasks": len(phases.records) * problem.g * panels, "tasks": problem.n * problem.g * p_tiles * q_tiles * k_blocks,
@@ -198,7 +213,7 @@ def build_plan(problem: ConvProblem, target: Target, threads: int, config: AmxCo
         "bias_at": phases.packed_bytes, "bias_group": bias_group, "has_bias": int(problem.epilogue.bias and roles.forward),
         "scratch_at": align(phases.packed_bytes + problem.g * bias_group + 64, PAGE), "scratch_size": align(max(c_at + sums, pack_rows) + _SLACK) + 64 * 9,
         "c_at": c_at, "column_advance": columns.advance, "palette": shapes.ctypes.data, "pairs": sizes.pairs, "channel_blocks": sizes.blocks,
-        "tap_major": int(phases.tap_major),
+        "tap_major": int(phases.tap_major), "sum_rows": together, "chunk": chunk,
     }  # fmt: skip
     block = ARGUMENTS.pack(threads, values)
     facts = {

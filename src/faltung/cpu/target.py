@@ -58,7 +58,7 @@ class Target:
 _X86 = "x86_64-unknown-linux-gnu"
 _AVX512_FLAGS = {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512cd"}
 TARGETS: dict[str, Target] = {
-    "amx": Target("amx", _X86, "sapphirerapids", "-prefer-256-bit", 64, 32, masks=True, bfloat16_dot=True, matrix_tiles=True),
+    "amx": Target("amx", _X86, "sapphirerapids", "-prefer-256-bit", 64, 32, masks=True, matrix_tiles=True),
     "avx512_bf16": Target("avx512_bf16", _X86, "cooperlake", "-prefer-256-bit", 64, 32, masks=True, bfloat16_dot=True),
     "avx512": Target("avx512", _X86, "skylake-avx512", "-prefer-256-bit", 64, 32, masks=True),
     "avx2": Target("avx2", _X86, "haswell", "", 32, 16),

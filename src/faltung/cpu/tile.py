@@ -83,8 +83,8 @@ class Tile:
             self.bytes = scratch_rows * self.row
         elif layout == "linear":
             self.channel, self.column = size, channels * size
-            if packed and meets_itself(self.column):
-                self.column += 64
+            if packed and self.column % 256 == 0:  # a matrix tile's rows would fall into few cache sets
+                self.column = odd_lines(self.column)
             self.row = self.pixels * self.column
             self.slab = scratch_rows * self.row
             self.bytes = len(columns.slabs) * self.slab
