@@ -17,7 +17,9 @@ from ..dispatch import Unsupported
 from ..problem import DTYPES, ConvProblem
 from . import target as targets
 from .amx_kernel import ARGUMENTS, PANEL, AmxKernel
-from .direct import Roles, elements_apart
+from .amx_pack import READ_BEYOND
+from .checked import FLAG_BYTES, CheckedPlan
+from .direct import DIRECT, Roles, elements_apart
 from .direct_kernel import PHASE_FIELDS
 from .frozen import Packing
 from .geometry import Axis, axes
@@ -52,28 +54,51 @@ class AmxConfig:
 
 @dataclass(frozen=True)
 class _Sizes:
-    """What a problem's pixels and reduction look like to matrix tiles."""
+    """What a problem's pixels and reduction look like to matrix tiles: a tap, or the ``joined`` taps of a row, has ``terms`` terms in ``blocks`` blocks of
+    ``pairs`` pairs."""
 
+    terms: int
     pairs: int
     blocks: int
     parts: int
+    joined: bool
 
     @classmethod
     def of(cls, problem: ConvProblem) -> _Sizes:
-        wanted = -(-Roles(problem).source_channels // 2)
+        channels, parts = Roles(problem).source_channels, PARTS[problem.dtype]
+        apart, run = cls._of_terms(channels, parts, False), cls._of_terms(channels * problem.s, parts, True)
+        return run if _joins(problem) and 4 * run.blocks < 3 * problem.s * apart.blocks else apart
+
+    @classmethod
+    def _of_terms(cls, terms: int, parts: int, joined: bool) -> _Sizes:
+        wanted = -(-terms // 2)
         blocks = -(-wanted // MAX_PAIRS)
-        return cls(-(-wanted // blocks), blocks, PARTS[problem.dtype])
+        return cls(terms, -(-wanted // blocks), blocks, parts, joined)
 
     @property
     def room(self) -> int:
-        """Channels of a packed pixel."""
+        """Terms of a tap with the zeros that fill its blocks."""
         return 2 * self.pairs * self.blocks
+
+
+def _joins(problem: ConvProblem) -> bool:
+    """Whether the columns that neighbouring taps read are neighbours, in one slab."""
+    if problem.s == 1 or problem.dilation[1] != 1:
+        return False
+    return problem.s >= problem.stride[1] if problem.direction == "forward" else problem.stride[1] == 1
 
 
 def _reads_in_place(problem: ConvProblem) -> bool:
     """Whether the pixels of a joined row are runs of bfloat16 as they lie in memory."""
     roles, sizes = Roles(problem), _Sizes.of(problem)
-    plain = problem.dtype == "bf16" and problem.format == "nhwc" and problem.h == 1 and (problem.r, problem.s) == (1, 1) and problem.stride == (1, 1)
+    plain = (
+        not sizes.joined
+        and problem.dtype == "bf16"
+        and problem.format == "nhwc"
+        and problem.h == 1
+        and (problem.r, problem.s) == (1, 1)
+        and problem.stride == (1, 1)
+    )
     pixel = problem.g * roles.source_channels * 2
     return plain and problem.padding == (0, 0, 0, 0) and sizes.room == roles.source_channels and problem.w >= ROWS and not meets_itself(pixel)
 
@@ -83,19 +108,19 @@ def choose_config(problem: ConvProblem, target: Target, threads: int) -> AmxConf
     """The configuration predicted to be fastest.  No choice changes the bits."""
     roles, sizes = Roles(problem), _Sizes.of(problem)
     packed = not _reads_in_place(problem)
-    rows, columns = axes(problem, (1, 1))
+    rows, columns = axes(problem, (1, 1), dense=sizes.joined)
     best: AmxConfig | None = None
     for tile_q in tile_candidates(columns.count):
         if not packed and tile_q < min(problem.w, ROWS):
             break
         for tile_p in tile_candidates(rows.count):
-            config = _predict(problem, target, threads, roles, sizes, packed, *axes(problem, (tile_p, tile_q)))
+            config = _predict(problem, target, threads, roles, sizes, packed, *axes(problem, (tile_p, tile_q), dense=sizes.joined))
             if config is not None and (best is None or config.cycles < best.cycles):
                 best = config
         if best is not None and tile_q * max(1, rows.count) < 16 * ROWS:
             break
     if best is None:
-        tile = axes(problem, (1, 1))
+        tile = axes(problem, (1, 1), dense=sizes.joined)
         best = _predict(problem, target, threads, roles, sizes, packed, *tile, whole=True)
     assert best is not None
     return best
@@ -105,15 +130,16 @@ def _predict(
     problem: ConvProblem, target: Target, threads: int, roles: Roles, sizes: _Sizes, packed: bool, rows: Axis, columns: Axis, whole: bool = False
 ) -> AmxConfig | None:
     """The configuration of these tiles; None where they do not fit the second-level cache."""
-    nhwc, pitch = problem.format == "nhwc", row_pitch(columns)
-    scratch = rows.scratch_starts[-1] * pitch * max(1, len(columns.slabs))
-    if not whole and scratch * sizes.room * 2 * sizes.parts > target.l2 * 3 // 8:
+    nhwc, pitch = problem.format == "nhwc", -(-row_pitch(columns) // columns.advance)
+    scratch = rows.scratch_starts[-1] * pitch * columns.advance * max(1, len(columns.slabs))
+    room = roles.source_channels if sizes.joined else sizes.room
+    if not whole and scratch * room * 2 * sizes.parts > target.l2 * 3 // 8:
         return None
     vectors = -(-roles.out_channels // 16)
     panels = -(-vectors // PANEL)
     products = sum(len(chosen) for chosen in PRODUCTS[sizes.parts])
-    pack = (scratch if packed else 0) * (sizes.room * _pack_cycles(problem, columns.step) + 6.0)
-    weight_bytes = problem.r * problem.s * sizes.room * vectors * 16 * 2 * sizes.parts
+    pack = (scratch if packed else 0) * (room * _pack_cycles(problem, columns.step) + 6.0)
+    weight_bytes = problem.r * (1 if sizes.joined else problem.s) * sizes.room * vectors * 16 * 2 * sizes.parts
     each = weight_bytes / (_L3_BYTES if weight_bytes > target.l2 // 2 else 64.0)
     for row in rows.phases:
         for column in columns.phases:
@@ -121,7 +147,7 @@ def _predict(
             high, wide = row.count / max(1, -(-rows.count // rows.tile)), column.count / max(1, -(-columns.count // columns.tile))
             together = sum_rows(rows.tile, columns.tile, pitch)
             linear = max(0.0, (min(together, high) - 1) * pitch + wide)
-            steps = len(row.taps) * len(column.taps) * sizes.blocks
+            steps = len(row.taps) * (1 if sizes.joined else len(column.taps)) * sizes.blocks
             blocks = math.ceil(linear / (2 * ROWS)) * max(1.0, high / together)
             store = high * wide * ((8.0 if nhwc else 14.0) if columns.output_step == 1 or nhwc else 60.0)
             each += panels * (blocks * (steps * _STEP_CYCLES * products + _CALL_CYCLES) + store)
@@ -154,7 +180,7 @@ class _Phases:
     def __init__(self, problem: ConvProblem, roles: Roles, sizes: _Sizes, padded: int, tile: Tile, rows: Axis, columns: Axis) -> None:
         weight = weight_strides(problem)
         between = weight[1 if roles.forward else 0]
-        self.tap_major = between < min(weight[2], weight[3]) and problem.r * problem.s > 1
+        self.tap_major = sizes.joined or (between < min(weight[2], weight[3]) and problem.r * problem.s > 1)
         channels = np.arange(roles.source_channels, dtype=np.int64) * between
         steps = np.arange(sizes.blocks, dtype=np.int64) * (4 * sizes.pairs)
         self.tables: list[npt.NDArray[np.int64]] = []
@@ -162,12 +188,19 @@ class _Phases:
         records = []
         for row in rows.phases:
             for column in columns.phases:
-                found = sorted((a.kernel_index * weight[2] + b.kernel_index * weight[3], tile.offset(a, b)) for a in row.taps for b in column.taps)
+                found = []
+                if sizes.joined:  # the taps of a row in the order in which the tile holds what they read
+                    run = sorted(column.taps, key=lambda tap: tap.shift)
+                    terms = (np.array([b.kernel_index * weight[3] for b in run], dtype=np.int64)[:, None] + channels).reshape(-1)
+                    found = sorted((a.kernel_index * weight[2], tile.offset(a, run[0])) for a in row.taps)
+                else:
+                    terms = channels
+                    found = sorted((a.kernel_index * weight[2] + b.kernel_index * weight[3], tile.offset(a, b)) for a in row.taps for b in column.taps)
                 taps, places = (np.array([pair[i] for pair in found], dtype=np.int64) for i in (0, 1))
-                weights = (taps[:, None] + channels if self.tap_major else channels[:, None] + taps).reshape(-1)
+                weights = (taps[:, None] + terms if self.tap_major else terms[:, None] + taps).reshape(-1)
                 offsets = (steps[:, None] + places).reshape(-1)
                 self.tables += [offsets, weights]
-                self.contiguous &= self.tap_major or bool((np.diff(weights) == DTYPES[problem.dtype]).all())
+                self.contiguous &= bool((np.diff(terms if self.tap_major else weights) == DTYPES[problem.dtype]).all())
                 self.most_taps = max(self.most_taps, len(found))
                 count = len(offsets) * sizes.pairs * sizes.parts
                 spans = (row.start, row.count, column.start, column.count)
@@ -179,19 +212,20 @@ class _Phases:
 def build_plan(problem: ConvProblem, target: Target, threads: int, config: AmxConfig) -> CpuPlan:
     """Tables, kernel and argument block for a configuration."""
     roles, sizes = Roles(problem), _Sizes.of(problem)
-    rows, columns = axes(problem, config.tile)
+    rows, columns = axes(problem, config.tile, dense=sizes.joined)
     strides, source, out = weight_strides(problem), pitches(problem, roles.forward), pitches(problem, not roles.forward)
-    channels = sizes.room if config.packed else problem.g * roles.source_channels
+    room = roles.source_channels if sizes.joined else sizes.room
+    channels = room if config.packed else problem.g * roles.source_channels
     tile = Tile(rows, columns, "linear", channels, 2, source, config.packed)
     vectors = -(-roles.out_channels // 16)
     panels, wide, padded = -(-vectors // PANEL), split_count(vectors, PANEL)[0], vectors * 16
     phases = _Phases(problem, roles, sizes, padded, tile, rows, columns)
-    kernel = AmxKernel(target, problem.dtype, problem.format, min(columns.step, 3), wide < panels, config.packed, elements_apart(problem, target))
-    room = 4 * ROWS * tile.column  # behind the last pixel
-    part = align(tile.bytes + room)
+    kernel = AmxKernel(target, problem.dtype, problem.format, min(columns.step, 3), wide < panels, config.packed, elements_apart(problem, target), sizes.joined)
+    part = align(tile.bytes + 4 * ROWS * tile.column * columns.advance + READ_BEYOND)  # whole matrix tiles
     c_at = align(part * sizes.parts + _SLACK) if config.packed else 0
-    together = sum_rows(config.tile[0], config.tile[1], tile.row // tile.column)
-    linear = (together - 1) * (tile.row // tile.column) + config.tile[1]
+    row_pixels = tile.row // (tile.column * columns.advance)
+    together = sum_rows(config.tile[0], config.tile[1], row_pixels)
+    linear = (together - 1) * row_pixels + config.tile[1]
     sums = (linear + 4 * ROWS) * PANEL * 64  # in whole matrix tiles; the transposing store reads blocks of 16 pixels
     pack_rows = 2 * sizes.pairs * phases.most_taps * PANEL * 64 + _SLACK
     bias_group = padded * 4
@@ -201,8 +235,9 @@ def build_plan(problem: ConvProblem, target: Target, threads: int, config: AmxCo
     k_blocks = -(-panels // block_panels)
     # The small products come first in the whole reduction: that of several parts is not taken in pieces.
     chunk = max(1, _CHUNK_BYTES // (sizes.pairs * PANEL * 64)) if sizes.parts == 1 and config.packed else 1 << 30
+    scratch_size = align(max(c_at + sums, pack_rows) + _SLACK) + 64 * 9
     values = {
-        **tile.arguments(), "room": sizes.room, "tile_part": part,
+        **tile.arguments(), "room": room, "tile_part": part,
         "pack_tasks": len(phases.records) * problem.g * panels, "tasks": problem.n * problem.g * p_tiles * q_tiles * k_blocks,
         "phases": phases.records.ctypes.data, "row_phases": len(rows.phases), "column_phases": len(columns.phases),
         "p_tiles": p_tiles, "q_tiles": q_tiles, "tile_p": config.tile[0], "tile_q": config.tile[1], "k_blocks": k_blocks, "block_panels": block_panels,
@@ -211,18 +246,21 @@ def build_plan(problem: ConvProblem, target: Target, threads: int, config: AmxCo
         "out_image": out[0], "out_group": out[1] * roles.out_channels, "out_row": out[2], "out_column": out[3], "out_channel": out[1],
         "weight_group": strides[0] * problem.kg, "weight_pitch": strides[0 if roles.forward else 1], "weight_contiguous": int(phases.contiguous),
         "bias_at": phases.packed_bytes, "bias_group": bias_group, "has_bias": int(problem.epilogue.bias and roles.forward),
-        "scratch_at": align(phases.packed_bytes + problem.g * bias_group + 64, PAGE), "scratch_size": align(max(c_at + sums, pack_rows) + _SLACK) + 64 * 9,
+        "scratch_at": align(phases.packed_bytes + problem.g * bias_group + 64, PAGE), "scratch_size": scratch_size,
         "c_at": c_at, "column_advance": columns.advance, "palette": shapes.ctypes.data, "pairs": sizes.pairs, "channel_blocks": sizes.blocks,
-        "tap_major": int(phases.tap_major), "sum_rows": together, "chunk": chunk,
+        "tap_major": int(phases.tap_major), "sum_rows": together, "chunk": chunk, "terms": sizes.terms, "flag_at": threads * scratch_size,
     }  # fmt: skip
     block = ARGUMENTS.pack(threads, values)
     facts = {
         "tile": f"{config.tile[0]}x{config.tile[1]}", "pairs": sizes.pairs, "parts": sizes.parts, "in_place": not config.packed,
         "tasks": values["tasks"], "predicted_cycles": config.cycles / threads,
     }  # fmt: skip
-    workspace_bytes = values["scratch_at"] + threads * values["scratch_size"]
+    flag_at = values["scratch_at"] + values["flag_at"]
     tables = [*tile.tables, *phases.tables, phases.records, shapes]
-    return CpuPlan(problem, AMX.name, load(kernel.name, target, kernel.emit), block, tables, workspace_bytes, facts, _PACKING)
+    code = load(kernel.name, target, kernel.emit)
+    if not kernel.checked:
+        return CpuPlan(problem, AMX.name, code, block, tables, flag_at, facts, _PACKING)
+    return CheckedPlan(problem, AMX.name, code, block, tables, flag_at + FLAG_BYTES, facts, flag_at, lambda: DIRECT.plan(problem, threads), _PACKING)
 
 
 class Amx:

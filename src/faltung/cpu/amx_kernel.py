@@ -17,12 +17,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from ..codegen.emit import Function, Module, Value
+from ..codegen.emit import Function, Module, Value, vector_type
 from ..codegen.entry import ArgumentBlock, Task, emit_entry
 from ..codegen.numeric import Numeric
 from . import matrix_tiles as tiles
 from .amx_pack import PIXEL_ARGUMENTS, emit_pack_pairs_of_rows, emit_pack_pixels
 from .bfloat import Rounded
+from .checked import mark_unless_finite, still_finite
 from .direct_kernel import TileBuilder
 from .pack import TILE_ARGUMENTS
 from .parts import PARTS, PRODUCTS
@@ -43,12 +44,13 @@ ARGUMENTS = ArgumentBlock(
         "pack_tasks", "tasks", "phases", "row_phases", "column_phases", "p_tiles", "q_tiles", "tile_p", "tile_q", "k_blocks", "block_panels",
         "wide_panels", "panels", "groups", "source_channels", "out_channels", "source_image", "source_group", "out_image", "out_group", "out_row", "out_column",
         "out_channel", "weight_group", "weight_pitch", "weight_contiguous", "bias_at", "bias_group", "has_bias", "scratch_at", "scratch_size", "c_at",
-        "column_advance", "palette", "pairs", "channel_blocks", "tap_major", "sum_rows", "chunk",
+        "column_advance", "palette", "pairs", "channel_blocks", "tap_major", "sum_rows", "chunk", "terms", "flag_at",
     )
 )  # fmt: skip
 """As in :data:`faltung.cpu.direct_kernel.ARGUMENTS`; ``palette``: address of the shapes of the matrix tiles; a step of the reduction is ``pairs`` pairs of a
 tap, ``channel_blocks`` steps all channels of it; ``tap_major``: the weight's memory has the channels of a tap as neighbours; the sums of ``sum_rows`` rows are
-stored at a time; ``chunk`` steps of a panel stay in the first-level cache while these rows meet them."""
+stored at a time; ``chunk`` steps of a panel stay in the first-level cache while these rows meet them; ``terms``: channels of a tap, or of
+the joined taps of a row; ``flag_at``: where in the scratch of thread 0 a mark is left where a result is not finite."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class AmxKernel:
     """What a kernel is made for; everything else is an argument.  ``step``, ``apart``: as in :class:`faltung.cpu.direct_kernel.DirectKernel`.
 
     ``packed``: the tile is copied to scratch; where it is not, the source is bfloat16, whose channels are neighbours and whose pixels are one long row.
-    ``narrow``: the last panel has a single vector.
+    ``narrow``: the last panel has a single vector.  ``joined``: the taps of a row of the kernel are one, of a pixel's few channels times their number.
     """
 
     target: Target
@@ -66,16 +68,22 @@ class AmxKernel:
     narrow: bool
     packed: bool
     apart: int
+    joined: bool
     layout: str = "linear"
 
     @property
     def name(self) -> str:
-        flags = "".join(letter for letter, set_ in zip("vi", (self.narrow, not self.packed)) if set_)
+        flags = "".join(letter for letter, set_ in zip("vij", (self.narrow, not self.packed, self.joined)) if set_)
         return f"amx_{self.dtype}_{self.format}_st{self.step}{'_' if flags else ''}{flags}{f'_a{self.apart}' if self.apart else ''}_{self.target.isa}"
 
     @property
     def parts(self) -> int:
         return PARTS[self.dtype]
+
+    @property
+    def checked(self) -> bool:
+        """Whether numbers that are not finite may give NaN where they should not (see :mod:`faltung.cpu.checked`)."""
+        return self.joined or self.parts > 1
 
     def emit(self) -> str:
         """The module's IR text; its entry point is ``entry``."""
@@ -128,6 +136,29 @@ def emit_micro(module: Module, chunks: int, vectors: int, parts: int) -> Functio
     return f
 
 
+def emit_check(module: Module) -> Function:
+    """``check(sums, rows, columns, valid, width, sums_row, flag)``: leaves a mark at ``flag`` where one of the sums to be stored is not finite."""
+    names = ("rows", "columns", "valid", "width", "sums_row")
+    f = module.function("check", [("ptr", "sums"), *(("i64", name) for name in names), ("ptr", "flag")])
+    type_ = vector_type("float", 16)
+
+    def row(p: Value, state: Value) -> list[Value]:
+        def column(q: Value, state: Value) -> list[Value]:
+            place = f["sums"] + p * f["sums_row"] + q * f["width"] * 4
+
+            def vector(v: Value, state: Value) -> list[Value]:
+                return [still_finite(f, state, f.load_masked(place + v * 4, f.lane_mask(f["valid"] - v, 16), type_))]
+
+            return f.loop(0, f["valid"], 16, vector, [state])
+
+        return f.loop(0, f["columns"], 1, column, [state])
+
+    (state,) = f.loop(0, f["rows"], 1, row, [f.zero(type_)])
+    mark_unless_finite(f, state, f["flag"], 16)
+    f.ret()
+    return f
+
+
 class _Builder(TileBuilder):
     kernel: AmxKernel  # type: ignore[assignment]
 
@@ -136,10 +167,11 @@ class _Builder(TileBuilder):
         self.pair_rows = emit_pack_pairs_of_rows(module, kernel.parts, PANEL)
         stored = Rounded(numeric.dtype, numeric.target) if numeric.dtype == "bf16" else numeric
         self.store = emit_store_panel(module, stored, kernel.format)
+        self.check = emit_check(module) if kernel.checked else None
         self.micros = {vectors: emit_micro(module, _SHAPES[vectors], vectors, kernel.parts) for vectors in ((PANEL, 1) if kernel.narrow else (PANEL,))}
 
     def emit_pack_tile(self) -> Function:
-        return emit_pack_pixels(self.module, ARGUMENTS, self.numeric, self.kernel.format, self.kernel.parts, self.kernel.step)
+        return emit_pack_pixels(self.module, ARGUMENTS, self.numeric, self.kernel.format, self.kernel.parts, self.kernel.step, self.kernel.joined)
 
     @property
     def widths(self) -> tuple[int, int]:
@@ -151,7 +183,7 @@ class _Builder(TileBuilder):
 
     def pack_piece(self, f: Function, task: Task, group: Value, start: Value, width: Value, target: Value, offsets: Value, count: Value) -> None:
         """Pack a panel: blocks of channels by way of rows of float32 in this thread's scratch."""
-        pairs, total, table = task["pairs"], task["source_channels"], f.to_pointer(offsets)
+        pairs, total, table = task["pairs"], task["terms"], f.to_pointer(offsets)
         rows = task.workspace + task["scratch_at"] + task.thread * task["scratch_size"]
         steps, line = self.steps(task, count), width * 4
         taps = steps // task["channel_blocks"]
@@ -181,8 +213,10 @@ class _Builder(TileBuilder):
 
     def compute_stage(self, f: Function, task: Task) -> Callable[[Value], None]:
         multiply = super().compute_stage(f, task)
+        flag = task.workspace + task["scratch_at"] + task["flag_at"]
 
         def body(index: Value) -> None:
+            self.flag = flag
             tiles.configure(f, task.table("palette"))
             multiply(index)
             tiles.release(f)
@@ -208,7 +242,7 @@ class _Builder(TileBuilder):
         width, chunks = vectors * 16, _SHAPES[vectors]
         start = self.panel_start(f, task["wide_panels"], index)
         bias, panel = t["bias"] + start * 4, phase["panels"] + start * phase["count"] * 4
-        pixel, steps, b_step = task["tile_column"], self.steps(task, phase["count"]), task["pairs"] * (width * 4)
+        pixel, steps, b_step = task["tile_column"] * task["column_advance"], self.steps(task, phase["count"]), task["pairs"] * (width * 4)
         row_pixels, c_pitch = task["tile_row"] // pixel, f.value(width * 4)
         valid, out = f.minimum(task["out_channels"] - start, width), out + start * task["out_channel"]
         step_row, step_column = task["out_row"] * task["row_phases"], task["out_column"] * task["column_phases"]
@@ -238,6 +272,10 @@ class _Builder(TileBuilder):
 
             f.loop(0, f.maximum(steps, 1), task["chunk"], chunk)
             target = out + p * step_row
-            f.call(self.store, [t["c"], target, rows, phase["columns"], valid, f.value(width), row_pixels * c_pitch, step_row, step_column, task["out_channel"]])
+            if self.check is not None:
+                f.call(self.check, [t["c"], rows, phase["columns"], valid, f.value(width), row_pixels * c_pitch, self.flag])
+            f.call(
+                self.store, [t["c"], target, rows, phase["columns"], valid, f.value(width), row_pixels * c_pitch, step_row, step_column, task["out_channel"]]
+            )
 
         f.loop(0, phase["rows"], task["sum_rows"], group)

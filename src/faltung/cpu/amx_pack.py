@@ -1,12 +1,10 @@
 """Packing for matrix tiles: pixels as runs of bfloat16 channels, and panels of weights as pairs of channels, in one plane (of panels: block) per part.
 
-A pixel has ``room`` channels, the last ones zero: as many as the blocks of pairs that a tile's row holds.
+A pixel has ``room`` channels, the last ones zero: as many as the blocks of pairs that a tile's row holds.  Where a pixel has few channels, the taps of a
+row of the kernel are *joined*: pixels lie without gaps, and what neighbouring columns hold is one run of terms.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from typing import Any
 
 from ..codegen.emit import Function, Module, Value, vector_type
 from ..codegen.entry import ArgumentBlock
@@ -14,10 +12,13 @@ from ..codegen.numeric import Numeric
 from .pack import Arguments, clamped_interior, slab_fields
 from .parts import interleave, split
 
-__all__ = ["PIXEL_ARGUMENTS", "emit_pack_pairs_of_rows", "emit_pack_pixels"]
+__all__ = ["PIXEL_ARGUMENTS", "READ_BEYOND", "emit_pack_pairs_of_rows", "emit_pack_pixels"]
 
 PIXEL_ARGUMENTS = ("room", "tile_part")
 """Channels of a packed pixel, and how far apart the planes of its parts are (bytes)."""
+
+READ_BEYOND = 128
+"""Bytes behind the last pixel that steps of joined taps may read."""
 
 _PIXELS = 16  # that are transposed at a time
 
@@ -25,13 +26,15 @@ _PIXELS = 16  # that are transposed at a time
 class _Pixels:
     """Emits ``pack_pixels``; ``load`` gives what is stored of a run of channels: raw 16-bit halves, or vectors of float32 that are split."""
 
-    def __init__(self, f: Function, a: Arguments, numeric: Numeric, parts: int, step: int) -> None:
-        self.f, self.a, self.numeric, self.parts, self.step = f, a, numeric, parts, step
+    def __init__(self, f: Function, a: Arguments, numeric: Numeric, parts: int, step: int, joined: bool) -> None:
+        self.f, self.a, self.numeric, self.parts, self.step, self.joined = f, a, numeric, parts, step, joined
         self.raw = numeric.dtype == "bf16"
         self.lanes = 32 if self.raw else 16
         self.memory = numeric.memory_bytes
         self.room, self.part, self.pixel = a["room"], a["tile_part"], a["tile_column"]
         self.channels = f["channels"]
+        together = f.define("i1", f"and i1 {a['source_column'].equals(self.channels * self.memory).text}, {self.pixel.equals(self.channels * 2).text}")
+        self.dense = f.define("i1", f"and i1 {together.text}, {self.room.equals(self.channels).text}")
 
     def load(self, pointer: Value, lanes: int, mask: Value | None = None) -> Value:
         if not self.raw:
@@ -51,8 +54,10 @@ class _Pixels:
 
     def zero(self, place: Value, count: Value) -> None:
         """``count`` pixels of zeros, one behind the other."""
-        f, size = self.f, self.pixel * count
-        zeros = f.zero(vector_type("i16", 32))
+        self.zero_bytes(place, self.pixel * count)
+
+    def zero_bytes(self, place: Value, size: Value) -> None:
+        f, zeros = self.f, self.f.zero(vector_type("i16", 32))
         whole = f.integer("and", size, -64)
         for index in range(self.parts):
             start = place + self.part * index if index else place
@@ -60,16 +65,20 @@ class _Pixels:
             with f.when(whole < size):
                 f.store_masked(zeros, start + whole, f.lane_mask(f.integer("lshr", size - whole, 1), 32))
 
-    def neighbours(self, source: Value, place: Value) -> None:
-        """One pixel whose channels are neighbours in memory."""
+    def run(self, source: Value, place: Value, count: Value, room: Value) -> None:
+        """``count`` neighbouring elements, followed by zeros up to ``room``."""
         f, lanes, memory = self.f, self.lanes, self.memory
-        whole = f.integer("and", self.channels, -lanes)
+        whole = f.integer("and", count, -lanes)
         f.loop(0, whole, lanes, lambda c: self.store(self.load(source + c * memory, lanes), place + c * 2, lanes))
 
         def rest(c: Value) -> None:
-            self.store(self.load(source + c * memory, lanes, f.lane_mask(self.channels - c, lanes)), place + c * 2, lanes, f.lane_mask(self.room - c, lanes))
+            self.store(self.load(source + c * memory, lanes, f.lane_mask(count - c, lanes)), place + c * 2, lanes, f.lane_mask(room - c, lanes))
 
-        f.loop(whole, self.room, lanes, rest)
+        f.loop(whole, room, lanes, rest)
+
+    def neighbours(self, source: Value, place: Value) -> None:
+        """One pixel whose channels are neighbours in memory."""
+        self.run(source, place, self.channels, self.room)
 
     def apart(self, source: Value, place: Value) -> None:
         """One pixel whose channels are planes apart, one by one: columns at the border."""
@@ -134,7 +143,12 @@ class _Pixels:
         first = line + (slab["offset"] + (f["q0"] + start) * self.step) * column_pitch
         f.loop(0, start, 1, border)
         if nhwc:
-            f.loop(start, stop, 1, lambda x: one(first + (x - start) * column_pitch, place + x * self.pixel))
+            count = stop - start
+            f.branch(
+                self.dense,
+                lambda: self.run(first, place + start * self.pixel, count * self.channels, count * self.channels),
+                lambda: f.loop(start, stop, 1, lambda x: one(first + (x - start) * column_pitch, place + x * self.pixel)),
+            )
         else:
             f.loop(
                 start, stop, _PIXELS,
@@ -143,15 +157,16 @@ class _Pixels:
         f.loop(stop, slab["length"], 1, border)
 
 
-def emit_pack_pixels(module: Module, arguments: ArgumentBlock, numeric: Numeric, source_format: str, parts: int, step: int) -> Function:
+def emit_pack_pixels(module: Module, arguments: ArgumentBlock, numeric: Numeric, source_format: str, parts: int, step: int, joined: bool) -> Function:
     """``pack_pixels(block, source, tile, p0, q0, channels)``: a tile in the ``linear`` layout, as :func:`faltung.cpu.pack.emit_pack_tile` makes others.
 
-    ``step``: the distance of the columns read by neighbouring outputs, 3 for any from 3 on.
+    ``step``: the distance of the columns read by neighbouring outputs, 3 for any from 3 on.  ``joined``: pixels are read beyond their channels, and beyond
+    their row, to be multiplied by zero: what is there is set to zero where it is no pixel.
     """
     names = [("ptr", "block"), ("ptr", "source"), ("ptr", "tile"), ("i64", "p0"), ("i64", "q0"), ("i64", "channels")]
     f = module.function("pack_pixels", names)
     a = Arguments(f, arguments, f["block"])
-    pixels = _Pixels(f, a, numeric, parts, step)
+    pixels = _Pixels(f, a, numeric, parts, step, joined)
     positions, row_table = a.table("row_positions"), a.table("row_table")
 
     def row(j: Value) -> None:
@@ -162,6 +177,9 @@ def emit_pack_pixels(module: Module, arguments: ArgumentBlock, numeric: Numeric,
             facts = slab_fields(f, a, index)
             place = tile + facts["start"]
             f.branch(offset >= 0, lambda: pixels.slab(facts, line, place, source_format == "nhwc"), lambda: pixels.zero(place, facts["length"]))
+            if joined:  # rows follow in order: the next one writes over the last of these zeros
+                end = facts["length"] * pixels.pixel
+                pixels.zero_bytes(place + end, a["tile_row"] - end + READ_BEYOND)
 
         f.loop(0, a["slabs"], 1, slab)
 

@@ -7,6 +7,7 @@ Python thread that calls: two threads may run one frozen plan at the same time.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -22,7 +23,7 @@ from .workspace import workspace
 if TYPE_CHECKING:
     from .plan import CpuPlan
 
-__all__ = ["FrozenPlan", "Packing"]
+__all__ = ["FrozenPlan", "Packing", "clear"]
 
 _BLOCKS_KEPT = 16
 
@@ -43,8 +44,16 @@ class Packing:
         return self.arguments.value(block, "scratch_at") + PAGE
 
 
+def clear(address: int) -> ctypes.c_int64:
+    """The mark of :mod:`faltung.cpu.checked` at an address, taken away."""
+    flag = ctypes.c_int64.from_address(address)
+    flag.value = 0
+    return flag
+
+
 class FrozenPlan:
-    """Launched as the plan is, with the same bits; the memory at ``other`` is not read, that at ``bias`` may be.  Safe with threads."""
+    """Launched as the plan is, with the same bits; the memory at ``bias`` may be read, that at ``other`` is only where results are not finite
+    and the plan is checked.  Safe with threads."""
 
     def __init__(self, plan: CpuPlan, packing: Packing, other: int, bias: int) -> None:
         self._plan, self._packing = plan, packing
@@ -93,8 +102,16 @@ class FrozenPlan:
                 self._blocks.clear()
             fresh = self._block(scratch, self._packing.pack)
             block = self._blocks[scratch] = fresh.ctypes.data, fresh
+        if not self._plan.flag_at:
+            self._plan.function(block[0], source, other, bias, out, self._address)
+            del keep
+            return
+        flag = clear(scratch + self._plan.flag_at - self._scratch_at)
         self._plan.function(block[0], source, other, bias, out, self._address)
+        failed = flag.value
         del keep
+        if failed:
+            self._plan.again(source, other, bias, out)
 
     def _launch_large(self, source: int, other: int, bias: int, out: int) -> None:
         ask_for_huge_pages(out, self._plan.out_bytes)

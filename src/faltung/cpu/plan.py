@@ -46,6 +46,7 @@ class CpuPlan:
         self.block, self._tables = block, tuple(tables)
         self.packing = packing
         self.when_frozen: Callable[[], CpuPlan] | None = None
+        self.flag_at = 0  # that of a CheckedPlan, which is never at the start of a workspace
         self.function = kernel.function(ENTRY_ARGUMENTS)
         self._address = block.ctypes.data
         self.poison = config.current().poison
@@ -64,6 +65,10 @@ class CpuPlan:
     def _launch_large(self, source: int, other: int, bias: int, out: int) -> None:
         ask_for_huge_pages(out, self.out_bytes)
         self._launch(source, other, bias, out)
+
+    def again(self, source: int, other: int, bias: int, out: int) -> None:
+        """Write results that were not finite once more; see :class:`faltung.cpu.checked.CheckedPlan`."""
+        raise NotImplementedError
 
     def freeze(self, other: int, bias: int) -> FrozenPlan | None:
         """The plan with the weights at ``other`` (and the bias) packed once and for all; None where there is nothing to keep."""

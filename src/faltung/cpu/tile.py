@@ -85,7 +85,7 @@ class Tile:
             self.channel, self.column = size, channels * size
             if packed and self.column % 256 == 0:  # a matrix tile's rows would fall into few cache sets
                 self.column = odd_lines(self.column)
-            self.row = self.pixels * self.column
+            self.row = align(self.pixels, columns.advance) * self.column
             self.slab = scratch_rows * self.row
             self.bytes = len(columns.slabs) * self.slab
         elif layout == "blocked":
