@@ -6,12 +6,13 @@ bfloat16 is multiplied as it is, float32 and float16 as sums of bfloat16 parts (
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
 
+from .. import config as options
 from ..codegen.load import load
 from ..dispatch import Unsupported
 from ..problem import DTYPES, ConvProblem
@@ -20,23 +21,28 @@ from .amx_kernel import ARGUMENTS, PANEL, AmxKernel
 from .amx_pack import READ_BEYOND
 from .checked import FLAG_BYTES, CheckedPlan
 from .direct import DIRECT, Roles, elements_apart
+from .direct import choose_config as choose_direct
 from .direct_kernel import PHASE_FIELDS
 from .frozen import Packing
 from .geometry import Axis, axes
+from .grouped import check as check_grouped
+from .grouped import choose_config as choose_grouped
 from .matrix_tiles import MAX_PAIRS, ROWS, palette
 from .parts import PARTS, PRODUCTS
 from .plan import CpuPlan
 from .pointwise import joined
-from .target import Target
+from .target import Rates, Target
 from .tile import PAGE, Tile, align, meets_itself, pitches, row_pitch, weight_strides
 from .tiling import split_count, tile_candidates, useful_threads
 
 __all__ = ["AMX", "Amx", "AmxConfig", "choose_config"]
 
 _SLACK = 4096
-_STEP_CYCLES = 64.0  # four products of 16 rows
-_CALL_CYCLES = 120.0  # of a micro-kernel: sums are loaded and stored, the first products wait for each other
+_STEP_CYCLES = 80.0  # four products of 16 rows take 64, their operands come from the second-level cache at times
+_CALL_CYCLES = 250.0  # of a micro-kernel: sums are loaded and stored, the first products wait for each other
+_CHECK_CYCLES = 4.0  # to look at the sums of a pixel
 _TASK_CYCLES = 600.0
+_ADVANTAGE = 1.35  # of 286 layers in bfloat16 those predicted closer than this were as often slower as faster
 _SUM_PIXELS = 128  # whose sums stay in the first-level cache until they are stored, 16 KiB
 _CHUNK_BYTES = 20 << 10  # of a panel, which stays there too: read from the second level for every 32 pixels, operands take longer to load than to multiply
 _L3_BYTES = 12.0  # a cycle, of weights that do not fit the second-level cache
@@ -138,7 +144,8 @@ def _predict(
     vectors = -(-roles.out_channels // 16)
     panels = -(-vectors // PANEL)
     products = sum(len(chosen) for chosen in PRODUCTS[sizes.parts])
-    pack = (scratch if packed else 0) * (room * _pack_cycles(problem, columns.step) + 6.0)
+    runs = nhwc and columns.step == 1 and room == roles.source_channels and problem.g == 1  # pixels without gaps, moved together
+    pack = (scratch if packed else 0) * (room * _pack_cycles(problem, columns.step) + (0.5 if runs else 6.0))
     weight_bytes = problem.r * (1 if sizes.joined else problem.s) * sizes.room * vectors * 16 * 2 * sizes.parts
     each = weight_bytes / (_L3_BYTES if weight_bytes > target.l2 // 2 else 64.0)
     for row in rows.phases:
@@ -149,7 +156,7 @@ def _predict(
             linear = max(0.0, (min(together, high) - 1) * pitch + wide)
             steps = len(row.taps) * (1 if sizes.joined else len(column.taps)) * sizes.blocks
             blocks = math.ceil(linear / (2 * ROWS)) * max(1.0, high / together)
-            store = high * wide * ((8.0 if nhwc else 14.0) if columns.output_step == 1 or nhwc else 60.0)
+            store = high * wide * (_CHECK_CYCLES * (sizes.joined or sizes.parts > 1) + (8.0 if nhwc else 14.0 if columns.output_step == 1 else 60.0))
             each += panels * (blocks * (steps * _STEP_CYCLES * products + _CALL_CYCLES) + store)
     tasks = problem.n * problem.g * -(-rows.count // rows.tile) * -(-columns.count // columns.tile)
     k_blocks = 1
@@ -269,19 +276,21 @@ class Amx:
     name = "amx"
 
     def plan(self, problem: ConvProblem, threads: int) -> CpuPlan:
-        """A plan; raises :class:`Unsupported` for what it does not take."""
+        """A plan; raises :class:`Unsupported` for what it does not take, and, where it is not asked for by name, where another one is predicted faster."""
         target = targets.target()
-        if not target.matrix_tiles:
-            raise Unsupported("the processor has no matrix tiles (AMX)")
-        if problem.direction == "grad_weight":
-            raise Unsupported("grad_weight is amx_weight's")
-        if problem.dtype not in PARTS:
-            raise Unsupported(f"{problem.dtype} is no sum of a few bfloat16 numbers")
-        if problem.direction == "grad_input" and problem.padding_mode != "zeros":
-            raise Unsupported("grad_input in this padding mode is padded_grad_input's")
+        if (reason := _refusal(problem, target)) is not None:
+            raise Unsupported(reason)
         one = (problem.r, problem.s, *problem.stride, *problem.padding) == (1, 1, 1, 1, 0, 0, 0, 0)
         row = joined(problem) if one else problem
         config = choose_config(row, target, threads)
+        if options.current().implementation != self.name:
+            if problem.dtype != "bf16":
+                raise Unsupported("products of several parts are not faster on every machine: ask by name, or for autotune")
+            # Which algorithm it is decides bits: neither the number of threads nor the machine's rates may.
+            plain = replace(target, rates=Rates())
+            own, rival = choose_config(row, plain, 1).cycles, _rival(problem, row, plain)
+            if rival < _ADVANTAGE * own:
+                raise Unsupported(f"vectors are predicted to be faster ({rival:.3g} cycles of one core; {own:.3g})")
         if (useful := useful_threads(threads, config.cycles, target)) < threads:
             threads, config = useful, choose_config(row, target, useful)
         found = build_plan(row, target, threads, config)
@@ -291,3 +300,28 @@ class Amx:
 
 AMX = Amx()
 _PACKING = Packing(ARGUMENTS, "pack_tasks", "tasks")
+
+
+def _refusal(problem: ConvProblem, target: Target) -> str | None:
+    """Why the algorithm does not apply."""
+    if not target.matrix_tiles:
+        return "the processor has no matrix tiles (AMX)"
+    if problem.direction == "grad_weight":
+        return "grad_weight is amx_weight's"
+    if problem.dtype not in PARTS:
+        return f"{problem.dtype} is no sum of a few bfloat16 numbers"
+    if problem.direction == "grad_input" and problem.padding_mode != "zeros":
+        return "grad_input in this padding mode is padded_grad_input's"
+    if problem.dtype != "bf16" and options.current().precision == "strict":
+        return "precision is strict"
+    return None
+
+
+def _rival(problem: ConvProblem, row: ConvProblem, target: Target) -> float:
+    """The cycles that the best of the kernels on vectors is predicted to take on one core."""
+    direct = choose_direct(row, target, 1).cycles
+    try:
+        check_grouped(problem, target)
+    except Unsupported:
+        return direct
+    return min(direct, choose_grouped(problem, target, 1).cycles)

@@ -99,8 +99,8 @@ def emit_micro(module: Module, chunks: int, vectors: int, parts: int) -> Functio
     ``vectors``.
 
     ``a``: the first pixel, ``table``: where each step's channels are behind it; pixels are ``pixel`` bytes apart, parts ``a_part``.  ``next``: by how many
-    pixels each further chunk is behind the first.  ``b``: the panel, ``b_step`` bytes a step.  ``c``: sums of float32, ``c_pitch`` bytes a pixel; they begin with those at ``init``,
-    ``init_pitch`` bytes a pixel (0: the same for all).
+    pixels each further chunk is behind the first.  ``b``: the panel, ``b_step`` bytes a step.  ``c``: sums of float32, ``c_pitch`` bytes a pixel; they begin
+    with those at ``init``, ``init_pitch`` bytes a pixel (0: the same for all).
     """
     names = ("steps", "pixel", "b_step", "c_pitch", "init_pitch", "a_part", "b_part", *(f"next{i}" for i in range(1, chunks)))
     pointers = ("a", "b", "c", "init", "table")
@@ -164,7 +164,7 @@ class _Builder(TileBuilder):
 
     def __init__(self, kernel: AmxKernel, module: Module, numeric: Numeric) -> None:
         super().__init__(kernel, module, numeric)  # type: ignore[arg-type]
-        self.pair_rows = emit_pack_pairs_of_rows(module, kernel.parts, PANEL)
+        self.pair_rows = emit_pack_pairs_of_rows(module, kernel.parts)
         stored = Rounded(numeric.dtype, numeric.target) if numeric.dtype == "bf16" else numeric
         self.store = emit_store_panel(module, stored, kernel.format)
         self.check = emit_check(module) if kernel.checked else None

@@ -188,7 +188,7 @@ def emit_pack_pixels(module: Module, arguments: ArgumentBlock, numeric: Numeric,
     return f
 
 
-def emit_pack_pairs_of_rows(module: Module, parts: int, vectors: int) -> Function:
+def emit_pack_pairs_of_rows(module: Module, parts: int) -> Function:
     """``pair_rows(rows, panel, taps, pairs, channels, tap_rows, channel_rows, width, panel_part)``: ``[tap][pair][width]`` pairs from rows of float32.
 
     Row ``tap * tap_rows + c * channel_rows`` of ``rows`` has ``width`` numbers (bytes / 4) of channel ``c < channels``; channels behind are zero.  Parts
