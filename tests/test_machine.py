@@ -99,6 +99,8 @@ def test_the_floor_is_arithmetic_or_memory(monkeypatch: pytest.MonkeyPatch) -> N
     assert machines.floor(replace(dense, dtype="f64"), target, 1).seconds == 2 * one.seconds
     assert machines.floor(replace(dense, dtype="bf16"), TARGETS["avx512_bf16"], 1).seconds == one.seconds / 2
     assert machines.floor(replace(dense, dtype="bf16"), TARGETS["avx512_bf16"], 1, 1e9).seconds == 1e9 / 32 * 0.25e-9
+    assert machines.floor(replace(dense, dtype="bf16"), TARGETS["amx"], 1).seconds == one.seconds / 16
+    assert machines.floor(dense, TARGETS["amx"], 1) == one
     large = ConvProblem.parse("n8c256h112w112k256r3s3 p1 g256")
     assert machines.floor(large, target, 2) == Floor(large.bytes() / 40e9, "memory")
     small = ConvProblem.parse("n1c256h14w14k256r3s3 p1 g256")

@@ -28,6 +28,7 @@ from ..codegen.load import load
 from ..codegen.numeric import Numeric
 from ..problem import ConvProblem
 from .geometry import multiplications
+from .matrix_tiles import TILE_RATE
 from .target import Rates, Target, host_target
 
 __all__ = [
@@ -228,7 +229,9 @@ def floor(problem: ConvProblem, target: Target, threads: int, products: float | 
     """
     own, numeric = machine(), Numeric(problem.dtype, target)
     threads = min(threads, own.threads)
-    lanes = numeric.lanes * (2 if numeric.pairs and products is None else 1)  # algorithms of fewer products compute them in float32
+    lanes = numeric.lanes
+    if products is None:  # algorithms of fewer products compute them in float32
+        lanes *= TILE_RATE if problem.dtype == "bf16" and target.matrix_tiles else 2 if numeric.pairs else 1
     arithmetic = (multiplications(problem) if products is None else products) / (2 * lanes) * own.cycle / threads
     rate = own.stream * threads / own.threads if problem.bytes() > SHARED_CACHE else own.far / own.cycle * threads
     memory = problem.bytes() / rate

@@ -25,9 +25,11 @@ import numpy.typing as npt
 
 from ..codegen.emit import Function, Value
 
-__all__ = ["LEFT", "MAX_PAIRS", "RIGHT", "ROWS", "SUMS", "TILE_BYTES", "configure", "dot", "load", "palette", "permitted", "release", "store", "zero"]
+__all__ = ["LEFT", "MAX_PAIRS", "RIGHT", "ROWS", "SUMS", "TILE_BYTES", "TILE_RATE", "configure", "dot", "load", "palette", "permitted", "release", "store", "zero"]
 
 ROWS, MAX_PAIRS, TILE_BYTES = 16, 16, 1024
+TILE_RATE = 16
+"""Products of bfloat16 in tiles for one of float32 in vectors: 512 a cycle, 32 a cycle."""
 SUMS, LEFT, RIGHT = (0, 1, 2, 3), (4, 5), (6, 7)
 
 _ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA = 158, 0x1023, 18
