@@ -43,8 +43,7 @@ _CALL_CYCLES = 250.0  # of a micro-kernel: sums are loaded and stored, the first
 _CHECK_CYCLES = 4.0  # to look at the sums of a pixel
 _TASK_CYCLES = 600.0
 _ADVANTAGE = 1.35  # of 286 layers in bfloat16 those predicted closer than this were as often slower as faster
-_SUM_PIXELS = 128  # whose sums stay in the first-level cache until they are stored, 16 KiB
-_CHUNK_BYTES = 20 << 10  # of a panel, which stays there too: read from the second level for every 32 pixels, operands take longer to load than to multiply
+_SUM_PIXELS = 320  # whose sums are kept until they are stored, 40 KiB
 _L3_BYTES = 12.0  # a cycle, of weights that do not fit the second-level cache
 
 
@@ -240,8 +239,6 @@ def build_plan(problem: ConvProblem, target: Target, threads: int, config: AmxCo
     p_tiles, q_tiles = -(-rows.count // config.tile[0]), -(-columns.count // config.tile[1])
     block_panels = -(-panels // config.k_blocks)
     k_blocks = -(-panels // block_panels)
-    # The small products come first in the whole reduction: that of several parts is not taken in pieces.
-    chunk = max(1, _CHUNK_BYTES // (sizes.pairs * PANEL * 64)) if sizes.parts == 1 and config.packed else 1 << 30
     scratch_size = align(max(c_at + sums, pack_rows) + _SLACK) + 64 * 9
     values = {
         **tile.arguments(), "room": room, "tile_part": part,
@@ -255,7 +252,7 @@ def build_plan(problem: ConvProblem, target: Target, threads: int, config: AmxCo
         "bias_at": phases.packed_bytes, "bias_group": bias_group, "has_bias": int(problem.epilogue.bias and roles.forward),
         "scratch_at": align(phases.packed_bytes + problem.g * bias_group + 64, PAGE), "scratch_size": scratch_size,
         "c_at": c_at, "column_advance": columns.advance, "palette": shapes.ctypes.data, "pairs": sizes.pairs, "channel_blocks": sizes.blocks,
-        "tap_major": int(phases.tap_major), "sum_rows": together, "chunk": chunk, "terms": sizes.terms, "flag_at": threads * scratch_size,
+        "tap_major": int(phases.tap_major), "sum_rows": together, "terms": sizes.terms, "flag_at": threads * scratch_size,
     }  # fmt: skip
     block = ARGUMENTS.pack(threads, values)
     facts = {

@@ -44,12 +44,12 @@ ARGUMENTS = ArgumentBlock(
         "pack_tasks", "tasks", "phases", "row_phases", "column_phases", "p_tiles", "q_tiles", "tile_p", "tile_q", "k_blocks", "block_panels",
         "wide_panels", "panels", "groups", "source_channels", "out_channels", "source_image", "source_group", "out_image", "out_group", "out_row", "out_column",
         "out_channel", "weight_group", "weight_pitch", "weight_contiguous", "bias_at", "bias_group", "has_bias", "scratch_at", "scratch_size", "c_at",
-        "column_advance", "palette", "pairs", "channel_blocks", "tap_major", "sum_rows", "chunk", "terms", "flag_at",
+        "column_advance", "palette", "pairs", "channel_blocks", "tap_major", "sum_rows", "terms", "flag_at",
     )
 )  # fmt: skip
 """As in :data:`faltung.cpu.direct_kernel.ARGUMENTS`; ``palette``: address of the shapes of the matrix tiles; a step of the reduction is ``pairs`` pairs of a
 tap, ``channel_blocks`` steps all channels of it; ``tap_major``: the weight's memory has the channels of a tap as neighbours; the sums of ``sum_rows`` rows are
-stored at a time; ``chunk`` steps of a panel stay in the first-level cache while these rows meet them; ``terms``: channels of a tap, or of
+stored at a time; ``terms``: channels of a tap, or of
 the joined taps of a row; ``flag_at``: where in the scratch of thread 0 a mark is left where a result is not finite."""
 
 
@@ -95,21 +95,20 @@ class AmxKernel:
 
 
 def emit_micro(module: Module, chunks: int, vectors: int, parts: int) -> Function:
-    """``amx_micro(a, b, c, init, table, steps, pixel, b_step, c_pitch, init_pitch, a_part, b_part, next...)``: ``chunks`` matrix tiles of 16 pixels by
-    ``vectors``.
+    """``amx_micro(a, b, c, bias, table, steps, pixel, b_step, c_pitch, a_part, b_part, next...)``: ``chunks`` matrix tiles of 16 pixels by ``vectors``.
 
     ``a``: the first pixel, ``table``: where each step's channels are behind it; pixels are ``pixel`` bytes apart, parts ``a_part``.  ``next``: by how many
-    pixels each further chunk is behind the first.  ``b``: the panel, ``b_step`` bytes a step.  ``c``: sums of float32, ``c_pitch`` bytes a pixel; they begin
-    with those at ``init``, ``init_pitch`` bytes a pixel (0: the same for all).
+    pixels each further chunk is behind the first.  ``b``: the panel, ``b_step`` bytes a step.  ``c``: sums of float32, ``c_pitch`` bytes a pixel, that
+    begin with the ``bias``.
     """
-    names = ("steps", "pixel", "b_step", "c_pitch", "init_pitch", "a_part", "b_part", *(f"next{i}" for i in range(1, chunks)))
-    pointers = ("a", "b", "c", "init", "table")
+    names = ("steps", "pixel", "b_step", "c_pitch", "a_part", "b_part", *(f"next{i}" for i in range(1, chunks)))
+    pointers = ("a", "b", "c", "bias", "table")
     f = module.function(f"amx_micro_{chunks}x{vectors}", [*(("ptr", name) for name in pointers), *(("i64", name) for name in names)])
     behind = [f.value(0), *(f[f"next{i}"] for i in range(1, chunks))]
     left, b_pitch = [f["a"] + pixels * f["pixel"] if i else f["a"] for i, pixels in enumerate(behind)], f.value(vectors * 64)
-    for chunk, pixels in enumerate(behind):
+    for chunk in range(chunks):
         for v in range(vectors):
-            tiles.load(f, chunk * vectors + v, f["init"] + pixels * f["init_pitch"] + v * 64, f["init_pitch"])
+            tiles.load(f, chunk * vectors + v, f["bias"] + v * 64, f.value(0))
 
     def products(t: Value, chosen: tuple[tuple[int, int], ...]) -> None:
         offset, b = f.load_index(f["table"], t), f["b"] + t * f["b_step"]
@@ -252,25 +251,18 @@ class _Builder(TileBuilder):
             total, source = (rows - 1) * row_pixels + phase["columns"], t["tile"] + p * task["tile_row"]
 
             def placed(pixel: Value) -> Value:
-                """In place the last matrix tiles begin early: behind them memory may end.  A packed tile has room, whose products nobody reads."""
-                return pixel if self.kernel.packed else f.maximum(f.minimum(pixel, total - tiles.ROWS), 0)
+                """The last matrix tiles begin early, so that nothing behind the last pixel is read."""
+                return f.maximum(f.minimum(pixel, total - tiles.ROWS), 0)
 
-            def chunk(t0: Value) -> None:
-                whole = t0.equals(0)
-                length, init_pitch = f.minimum(steps - t0, task["chunk"]), f.select(whole, f.value(0), c_pitch)
+            def block(i: Value) -> None:
+                first = placed(i)
+                behind = [placed(i + chunk * tiles.ROWS) - first for chunk in range(1, chunks)]
+                f.call(self.micros[vectors], [
+                    source + first * pixel, panel, t["c"] + first * c_pitch, bias, f.to_pointer(phase["tile_offsets"]), steps, pixel, b_step, c_pitch,
+                    task["tile_part"], steps * b_step, *behind,
+                ])  # fmt: skip
 
-                def block(i: Value) -> None:
-                    first = placed(i)
-                    behind = [placed(i + chunk * tiles.ROWS) - first for chunk in range(1, chunks)]
-                    sums = t["c"] + first * c_pitch
-                    f.call(self.micros[vectors], [
-                        source + first * pixel, panel + t0 * b_step, sums, f.select(whole, bias, sums), f.to_pointer(phase["tile_offsets"]) + t0 * 8, length,
-                        pixel, b_step, c_pitch, init_pitch, task["tile_part"], steps * b_step, *behind,
-                    ])  # fmt: skip
-
-                f.loop(0, total, chunks * tiles.ROWS, block)
-
-            f.loop(0, f.maximum(steps, 1), task["chunk"], chunk)
+            f.loop(0, total, chunks * tiles.ROWS, block)
             target = out + p * step_row
             if self.check is not None:
                 f.call(self.check, [t["c"], rows, phase["columns"], valid, f.value(width), row_pixels * c_pitch, self.flag])

@@ -25,7 +25,10 @@ import numpy.typing as npt
 
 from ..codegen.emit import Function, Value
 
-__all__ = ["LEFT", "MAX_PAIRS", "RIGHT", "ROWS", "SUMS", "TILE_BYTES", "TILE_RATE", "configure", "dot", "load", "palette", "permitted", "release", "store", "zero"]
+__all__ = [
+    "LEFT", "MAX_PAIRS", "RIGHT", "ROWS", "SUMS", "TILE_BYTES", "TILE_RATE",
+    "configure", "dot", "load", "palette", "permitted", "release", "store", "zero",
+]  # fmt: skip
 
 ROWS, MAX_PAIRS, TILE_BYTES = 16, 16, 1024
 TILE_RATE = 16
