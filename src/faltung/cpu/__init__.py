@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..dispatch import Implementation
+from .amx_weight import AMX_WEIGHT
 from .depthwise import DEPTHWISE
 from .direct import DIRECT
 from .direct_weight import DIRECT_WEIGHT
@@ -16,5 +17,5 @@ from .winograd_weight import WINOGRAD_WEIGHT
 
 __all__ = ["IMPLEMENTATIONS"]
 
-IMPLEMENTATIONS: tuple[Implementation, ...] = (FOLDED, DEPTHWISE, GROUPED, GEMV, WINOGRAD, WINOGRAD_WEIGHT, PLANES, POINTWISE, DIRECT, DIRECT_WEIGHT)
+IMPLEMENTATIONS: tuple[Implementation, ...] = (FOLDED, DEPTHWISE, GROUPED, GEMV, AMX_WEIGHT, WINOGRAD, WINOGRAD_WEIGHT, PLANES, POINTWISE, DIRECT, DIRECT_WEIGHT)
 """In order of preference."""
