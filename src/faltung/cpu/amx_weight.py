@@ -9,16 +9,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from .. import config as options
 from ..codegen.load import load
-from ..codegen.numeric import Numeric
 from ..dispatch import Unsupported
 from ..problem import DTYPES, ConvProblem
-from . import direct_weight
 from . import target as targets
 from .amx_weight_kernel import ARGUMENTS, PLANE_FIELDS, AmxWeightKernel
 from .amx_weight_pack import UNIT
 from .checked import FLAG_BYTES, CheckedPlan
+from .direct_weight import DIRECT_WEIGHT
 from .geometry import Axis, Phase, Slab, Tap, axes, padded_index
 from .matrix_tiles import MAX_PAIRS, ROWS, TILE_BYTES, palette
 from .parts import PARTS, PRODUCTS
@@ -108,7 +106,7 @@ def _by_parity(axis: Axis) -> Axis:
 
 def choose_config(problem: ConvProblem, target: Target) -> AmxWeightConfig | None:
     """The configuration predicted to be fastest, from sizes and caches alone (not from the number of threads)."""
-    found = [predicted(problem, target, config) for config in _candidates(problem, target)]
+    found = [predicted(problem, target, config) for config in _candidates(problem)]
     return min((config for config in found if config is not None), key=lambda config: config.score, default=None)
 
 
@@ -117,7 +115,7 @@ def _blocks(total: int, most: int) -> int:
     return min(total, align(-(-total // -(-total // most)), UNIT))
 
 
-def _candidates(problem: ConvProblem, target: Target) -> Iterator[AmxWeightConfig]:
+def _candidates(problem: ConvProblem) -> Iterator[AmxWeightConfig]:
     taps = problem.r * problem.s
     sides = set()
     for most_c in (32, 64, 128, 256, 512):
@@ -282,12 +280,11 @@ def build_plan(problem: ConvProblem, target: Target, threads: int, config: AmxWe
         "tasks": values["tasks"], "predicted_cycles": config.cycles / threads,
     }  # fmt: skip
 
-    def instead() -> direct_weight.CpuPlan:
-        return direct_weight.build_plan(problem, target, threads, direct_weight.choose_config(problem, target))
-
     workspace_bytes = values["scratch_at"] + threads * layout.scratch_size
     code = load(kernel.name, target, kernel.emit)
-    return CheckedPlan(problem, name, code, ARGUMENTS.pack(threads, values), tables, workspace_bytes, facts, values["flag_at"], instead)
+    return CheckedPlan(
+        problem, name, code, ARGUMENTS.pack(threads, values), tables, workspace_bytes, facts, values["flag_at"], lambda: DIRECT_WEIGHT.plan(problem, threads)
+    )
 
 
 def _values(

@@ -134,14 +134,14 @@ def _emit_products(module: Module, parts: int, lefts: int, rights: int) -> Funct
                 for a, b in products:
                     new_left, new_right = a != held[0], b != held[1]
                     starts = [base + at + (f[pitch] * part if part else 0) for base, pitch, part in ((left, "left_part", a), (right, "right_part", b))]
-                    for i in range(max(lefts, rights)):
-                        if new_left and i < lefts:
-                            tiles.load(f, LEFT[i], starts[0] + (f["left_far"] if i else 0), row)
-                        if new_right and i < rights:
-                            tiles.load(f, RIGHT[i], starts[1] + (f["right_far"] if i else 0), row)
+                    for nth in range(max(lefts, rights)):
+                        if new_left and nth < lefts:
+                            tiles.load(f, LEFT[nth], starts[0] + (f["left_far"] if nth else 0), row)
+                        if new_right and nth < rights:
+                            tiles.load(f, RIGHT[nth], starts[1] + (f["right_far"] if nth else 0), row)
                         for x in range(lefts):
                             for y in range(rights):
-                                if max(x, y) == i:
+                                if max(x, y) == nth:
                                     tiles.dot(f, 2 * x + y, LEFT[x], RIGHT[y])
                     held = a, b
 
@@ -186,7 +186,8 @@ class _Builder:
         parts = kernel.parts
         self.pointers, self.pack_right = emit_pointers(module), emit_right(module, parts)
         self.pack_left = emit_left(module, parts) if kernel.format == "nhwc" else emit_left_rows(module, self.numeric, parts)
-        self.rows = emit_rows(module, self.numeric, kernel.format, parts) if any(kernel.rows_first) else None
+        if any(kernel.rows_first):
+            self.pixel_rows = emit_rows(module, self.numeric, kernel.format, parts)
         self.products = {(l, r): _emit_products(module, parts, l, r) for l in (1, 2) for r in (1, 2)}
         self.row_sums = _emit_row_sums(module, parts)
 
@@ -247,13 +248,12 @@ class _Builder:
         if self.kernel.rows_first[0]:
             spans = task.table("row_spans") + z["p_tile"] * 16
             first, count = f.load(spans), f.load(spans + 8)
-            pitch = task["x_channel"] if self.kernel.format == "nchw" else task["x_column"]
-            assert self.rows is not None
+            pixel_rows, pitch = self.pixel_rows, task["x_channel"] if self.kernel.format == "nchw" else task["x_column"]
 
             def image_rows(i: Value) -> None:
                 place = source + i * task["x_image"] + first * task["x_row"]
                 sizes = [count * task["width"], t["channels"], pitch, task["x_pixel"], task["x_part"]]
-                f.call(self.rows, [place, t["rows"] + i * task["pixel_image"], *sizes])
+                f.call(pixel_rows, [place, t["rows"] + i * task["pixel_image"], *sizes])
 
             f.loop(0, z["images"], 1, image_rows)
             base = t["rows"] + (0 - first) * task["width"] * task["x_pixel"]
@@ -295,13 +295,12 @@ class _Builder:
         """The gradient of y from nhwc."""
         base, image_pitch = self.gradient(task, t, z), task["gy_image"]
         if self.kernel.rows_first[1]:
-            image_bytes = task["tile_p"] * task["tile_q"] * task["gy_pixel"]
-            assert self.rows is not None
+            pixel_rows, image_bytes = self.pixel_rows, task["tile_p"] * task["tile_q"] * task["gy_pixel"]
 
             def row(i: Value, j: Value) -> None:
                 target = t["gy_rows"] + i * image_bytes + j * task["tile_q"] * task["gy_pixel"]
                 source = self.gradient(task, t, z) + i * task["gy_image"] + j * task["gy_row"]
-                f.call(self.rows, [source, target, z["columns"], t["out_channels"], task["gy_column"], task["gy_pixel"], task["gy_part"]])
+                f.call(pixel_rows, [source, target, z["columns"], t["out_channels"], task["gy_column"], task["gy_pixel"], task["gy_part"]])
 
             f.loop(0, z["images"], 1, lambda i: f.loop(0, z["rows"], 1, lambda j: row(i, j)) and None)
             base, image_pitch = t["gy_rows"], image_bytes
@@ -316,13 +315,10 @@ class _Builder:
         runs = f.select(whole, f.value(1), z["rows"])
         length = f.select(whole, z["image_pixels"], z["columns"])
         linear = f.select(folded, z["image_pixels"], z["chunks"] * UNIT)
-        f.call(
-            self.pack_left,
-            [
-                self.gradient(task, t, z), t["left"], t["out_channels"], task["gy_channel"], z["images"], task["gy_image"], linear, runs, length, task["gy_row"],
-                task["pitch"], z["runs"] * z["chunks"], task["left_tile"], task["left_part"],
-            ],
-        )  # fmt: skip
+        images = [z["images"], task["gy_image"], linear]
+        lines = [runs, length, task["gy_row"], task["pitch"]]
+        sides = [z["runs"] * z["chunks"], task["left_tile"], task["left_part"]]
+        f.call(self.pack_left, [self.gradient(task, t, z), t["left"], t["out_channels"], task["gy_channel"], *images, *lines, *sides])
 
     def multiply(self, f: Function, task: Task, t: dict[str, Value], z: dict[str, Value], fresh: Value) -> None:
         """Every weight of the block, and the bias."""
@@ -405,8 +401,8 @@ class _Builder:
     def unit_sums(self, f: Function, task: Task, place: Value) -> list[Value]:
         """The 32 sums of a unit of input channels in their natural order."""
         vector = vector_type("float", ROWS)
-        both = [self.sum_shares(f, task, place + at, vector, task["sums_share"]) for at in (f.value(0), task["sums_c"])]
-        return [f.shuffle(*both, order) for order in UNIT_ORDER]
+        first, second = (self.sum_shares(f, task, place + at, vector, task["sums_share"]) for at in (f.value(0), task["sums_c"]))
+        return [f.shuffle(first, second, order) for order in UNIT_ORDER]
 
     def write_channels(self, f: Function, task: Task, t: dict[str, Value], sums: Value, out: Value, state: Value) -> Value:
         """One output channel's weights, channels of each tap being neighbours."""

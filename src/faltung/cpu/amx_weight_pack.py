@@ -117,12 +117,12 @@ def _across(f: Function, rows: Sequence[Value]) -> list[Value]:
     """32 vectors of 8 16-bit elements to 8 vectors of 32: rows and columns exchanged."""
     quarters = []
     for i in range(8):
-        halves = [f.shuffle(rows[i + at], rows[i + at + 8], range(16)) for at in (0, 16)]
-        quarters.append(f.shuffle(*halves, range(UNIT)))
+        low, high = (f.shuffle(rows[i + at], rows[i + at + 8], range(16)) for at in (0, 16))
+        quarters.append(f.shuffle(low, high, range(UNIT)))
 
     def unpack(a: Value, b: Value, size: int) -> list[Value]:
         """Elements of ``size`` 16-bit ones of both, in turn: the low, then the high halves of every 128 bits."""
-        picks = [[], []]  # type: list[list[int]]
+        picks: list[list[int]] = [[], []]
         for half in (0, 1):
             for lane in range(4):
                 for i in range(4 // size):
@@ -197,7 +197,7 @@ def emit_left_rows(module: Module, numeric: Numeric, parts: int) -> Function:
     def channel(k: Value) -> None:
         rows = [f["target"] + k // 16 * f["tile_pitch"] + k % 16 * 64 + (f["part_pitch"] * part if part else 0) for part in range(parts)]
         for row in rows:
-            f.loop(0, f["chunks"], 1, lambda i, row=row: f.store(f.zero(_HALVES), row + i * TILE_BYTES))  # type: ignore[misc]
+            f.loop(0, f["chunks"], 1, lambda i, row=row: f.store(f.zero(_HALVES), row + i * TILE_BYTES))
 
         def run(line: Value, linear: Value) -> None:
             def piece(j: Value) -> None:
