@@ -24,6 +24,7 @@ Source: G. Henry, P. T. P. Tang, A. Heinecke, *Leveraging the bfloat16 Artificia
 from __future__ import annotations
 
 from ..codegen.emit import Function, Value, vector_type
+from . import bfloat
 
 __all__ = ["PARTS", "PRODUCTS", "interleave", "split"]
 
@@ -40,10 +41,10 @@ PRODUCTS: dict[int, tuple[tuple[tuple[int, int], ...], ...]] = {
 
 def split(f: Function, value: Value, lanes: int, parts: int) -> list[Value]:
     """The bits of the ``parts`` of ``lanes`` float32, as vectors of i16."""
-    short, wide, single = vector_type("i16", lanes), vector_type("i32", lanes), vector_type("float", lanes)
+    wide, single = vector_type("i32", lanes), vector_type("float", lanes)
     found: list[Value] = []
     for index in range(parts):
-        bits = f.cast("bitcast", f.cast("fptrunc", value, vector_type("bfloat", lanes)), short)
+        bits = bfloat.nearest(f, value, lanes)
         found.append(bits)
         if index + 1 < parts:
             back = f.cast("bitcast", f.define(wide, f"shl {f.cast('zext', bits, wide)}, {'16' if lanes == 1 else 'splat (i32 16)'}"), single)
