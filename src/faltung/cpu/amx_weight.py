@@ -3,199 +3,35 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
 
+from .. import config as options
 from ..codegen.load import load
 from ..dispatch import Unsupported
-from ..problem import DTYPES, ConvProblem
+from ..problem import ConvProblem
 from . import target as targets
 from .amx_weight_kernel import ARGUMENTS, PLANE_FIELDS, AmxWeightKernel
 from .amx_weight_pack import UNIT
+from .amx_weight_tiling import AmxWeightConfig, Gather, choose_config
 from .checked import FLAG_BYTES, CheckedPlan
-from .direct_weight import DIRECT_WEIGHT
-from .geometry import Axis, Phase, Slab, Tap, axes, padded_index
+from .direct_weight import DIRECT_WEIGHT, predicted_cycles
+from .direct_weight import choose_config as choose_direct
+from .geometry import Axis, padded_index
 from .matrix_tiles import MAX_PAIRS, ROWS, TILE_BYTES, palette
-from .parts import PARTS, PRODUCTS
-from .target import Target
-from .tile import PAGE, align, meets_itself, odd_lines, pitches, weight_strides
-from .tiling import tile_candidates, useful_threads
+from .parts import BY_NAME_ONLY, PARTS
+from .target import Rates, Target
+from .tile import PAGE, align, meets_itself, pitches, weight_strides
+from .tiling import useful_threads
+from .winograd import refusal
+from .winograd_weight_tiling import choose_config as choose_winograd
 
-__all__ = ["AMX_WEIGHT", "AmxWeight", "AmxWeightConfig", "build_plan", "choose_config", "predicted"]
+__all__ = ["AMX_WEIGHT", "AmxWeight", "AmxWeightConfig", "build_plan", "choose_config"]
 
 _SLACK = 4096
-_SCRATCH_BYTES = 32 << 20  # a thread: more is refused
-_SUM_BYTES = 704 << 10  # of a block: they stay in the second-level cache
-_PARTIAL_BYTES = 16 << 20
-_TASKS = 12  # to share out, whatever the number of threads
-_SHARE_CYCLES = 40_000.0
-_STEP_CYCLES = {(2, 2): 68.0, (1, 2): 52.0, (2, 1): 52.0, (1, 1): 52.0}  # two chains of additions and fewer wait for each other
-_CALL_CYCLES = 60.0
-_SUMS_CYCLES = 200.0  # of four tiles, from and to the second-level cache
-_INTERLEAVE_CYCLES, _TRANSPOSE_CYCLES, _COPY_CYCLES, _SPLIT_CYCLES = 22.0, 60.0, 24.0, 110.0
-"""Of 16 channels by 32 pixels: pairs of x, rows to columns, copies of rows, and one number into its parts (a part)."""
-_POINTER_CYCLES = 1.5
-_MEMORY_BYTES = 12.0
-_WEIGHT_CYCLES = {False: 0.2, True: 0.7}  # by whether taps are neighbours in the weight's memory
-_LEVELS = ("parity", "columns", "taps")
-
-
-@dataclass(frozen=True)
-class AmxWeightConfig:
-    """``level``: what a plane of x is for: ``parity``: the odd or even columns' taps; ``columns``: one column of taps; ``taps``: one tap, and then the pixels
-    of all images and rows follow each other without gaps.  ``tile`` is (images, rows, columns) of outputs; blocks are channels of a group."""
-
-    level: str
-    tile: tuple[int, int, int]
-    block_c: int
-    block_k: int
-    shares: int = 1
-    share_tiles: int = 1
-    cycles: float = math.inf
-    score: float = math.inf
-
-
-class Gather:
-    """The linear order of a tile's pixels, and the planes of x that taps read."""
-
-    def __init__(self, problem: ConvProblem, level: str, tile: tuple[int, int, int]) -> None:
-        rows, columns = axes(problem, tile[1:])
-        if level == "taps":
-            rows = _own_slabs(rows)
-        self.rows, self.columns = rows, _by_parity(columns) if level == "parity" else _own_slabs(columns)
-        self.folded = level == "taps"
-        extent = max(slab.extent for slab in self.columns.slabs)
-        self.pitch = tile[2] if self.folded else (tile[2] + extent + 1) // 2 * 2
-        self.extent = max(slab.extent for slab in self.rows.slabs) * self.pitch + extent
-        pixels = tile[1] * self.pitch
-        self.runs, pixels = (1, pixels * tile[0]) if self.folded else (tile[0], pixels)
-        self.chunks = -(-pixels // UNIT)
-        self.entries = (self.chunks * UNIT + self.extent + 1) // 2 * 2
-        self.planes = len(self.rows.slabs) * len(self.columns.slabs)
-
-    def tap_offsets(self, plane_bytes: int) -> npt.NDArray[np.int64]:
-        offsets = [
-            (a.slab * len(self.columns.slabs) + b.slab) * plane_bytes + (a.shift * self.pitch + b.shift) // 2 * 64
-            for a in self.rows.phases[0].taps
-            for b in self.columns.phases[0].taps
-        ]
-        return np.array(offsets, np.int64)
-
-
-def _replaced(axis: Axis, places: list[tuple[int, int, int]]) -> Axis:
-    """The axis with slabs of its own: for each tap its slab's first source index, and the tap's and the longest shift there."""
-    slabs: dict[int, int] = {}
-    for offset, shift, _ in places:
-        slabs[offset] = max(slabs.get(offset, 0), shift)
-    order = list(slabs)
-    taps = tuple(Tap(i, order.index(offset), shift) for i, (offset, shift, _) in enumerate(places))
-    return replace(axis, slabs=tuple(Slab(offset, extent) for offset, extent in slabs.items()), phases=(Phase(0, axis.count, taps),))
-
-
-def _own_slabs(axis: Axis) -> Axis:
-    return _replaced(axis, [(axis.slabs[tap.slab].offset + tap.shift * axis.step, 0, 0) for tap in axis.phases[0].taps])
-
-
-def _by_parity(axis: Axis) -> Axis:
-    """Every tap an even number of entries behind the start of its slab: pairs of pixels stay together."""
-    return _replaced(axis, [(axis.slabs[tap.slab].offset + tap.shift % 2 * axis.step, tap.shift // 2 * 2, 0) for tap in axis.phases[0].taps])
-
-
-def choose_config(problem: ConvProblem, target: Target) -> AmxWeightConfig | None:
-    """The configuration predicted to be fastest, from sizes and caches alone (not from the number of threads)."""
-    found = [predicted(problem, target, config) for config in _candidates(problem)]
-    return min((config for config in found if config is not None), key=lambda config: config.score, default=None)
-
-
-def _blocks(total: int, most: int) -> int:
-    """Channels of the fewest even blocks of at most ``most``, whole units."""
-    return min(total, align(-(-total // -(-total // most)), UNIT))
-
-
-def _candidates(problem: ConvProblem) -> Iterator[AmxWeightConfig]:
-    taps = problem.r * problem.s
-    sides = set()
-    for most_c in (32, 64, 128, 256, 512):
-        most_k = max(UNIT, _SUM_BYTES // (taps * 4 * min(most_c, align(problem.cg, 16))) // UNIT * UNIT)
-        for limit in (most_k, most_k // 2, most_k // 4):
-            if limit >= UNIT:
-                sides.add((_blocks(problem.cg, most_c), _blocks(problem.kg, limit)))
-    for level in _LEVELS:
-        if taps == 1 and level != "taps":
-            continue
-        for tile in _tiles(problem):
-            for block_c, block_k in sides:
-                yield AmxWeightConfig(level, tile, block_c, block_k)
-
-
-def _tiles(problem: ConvProblem) -> Iterator[tuple[int, int, int]]:
-    found = set()
-    for pixels in (384, 768, 1536, 3072):
-        columns = next((q for q in tile_candidates(problem.q) if q <= pixels), 1)
-        rows = next((p for p in tile_candidates(problem.p) if p * columns <= pixels), 1) if columns == problem.q else 1
-        images = max(1, min(problem.n, pixels // (rows * columns))) if (rows, columns) == (problem.p, problem.q) else 1
-        found.add((-(-problem.n // -(-problem.n // images)), rows, columns))
-    yield from sorted(found)
-
-
-def _side_cycles(channels: int, other: int) -> float:
-    """Cycles of one step of the reduction for every pair of tiles of two sides."""
-    pairs, single = divmod(-(-channels // ROWS), 2)
-    other_pairs, other_single = divmod(-(-other // ROWS), 2)
-    counts = {(2, 2): pairs * other_pairs, (2, 1): pairs * other_single, (1, 2): single * other_pairs, (1, 1): single * other_single}
-    return sum(count * _STEP_CYCLES[shape] for shape, count in counts.items())
-
-
-def predicted(problem: ConvProblem, target: Target, config: AmxWeightConfig) -> AmxWeightConfig | None:
-    """The configuration with its shares and its cost; None where its scratch is too large."""
-    parts, taps = PARTS[problem.dtype], problem.r * problem.s
-    products = sum(len(p) for p in PRODUCTS[parts])
-    gather = Gather(problem, config.level, config.tile)
-    layout = _Layout(problem, config, gather)
-    if layout.scratch_size > _SCRATCH_BYTES:
-        return None
-    images, rows, columns = config.tile
-    tiles = -(-problem.n // images) * -(-problem.p // rows) * -(-problem.q // columns)
-    c_blocks, k_blocks = -(-problem.cg // config.block_c), -(-problem.kg // config.block_k)
-    blocks = problem.g * c_blocks * k_blocks
-    c_tiles, k_tiles = -(-problem.cg // ROWS), -(-problem.kg // ROWS)
-    near = layout.right_bytes + layout.left_bytes + taps * config.block_c * config.block_k * 4 < target.l2 * 3 // 4
-    chunks = tiles * gather.runs * gather.chunks
-    step = sum(_side_cycles(c, k) for c in _pieces(problem.cg, config.block_c) for k in _pieces(problem.kg, config.block_k))
-    calls = -(-config.block_c // UNIT) * -(-config.block_k // UNIT) * c_blocks * k_blocks * taps * tiles
-    multiply = taps * chunks * products * step * (1.0 if near else 1.4) + calls * (
-        _CALL_CYCLES + _SUMS_CYCLES * (1.0 if near else 2.5) * (1 if parts == 1 else 1.5)
-    )
-    x_tiles = tiles * gather.runs * gather.entries / UNIT
-    nchw = problem.format == "nchw"
-    pack = k_blocks * (x_tiles * gather.planes * (c_tiles * parts * _INTERLEAVE_CYCLES + c_blocks * UNIT * _POINTER_CYCLES))
-    source = tiles * images * (rows * problem.stride[0] + gather.extent / gather.pitch) * problem.w / UNIT
-    if nchw or parts > 1:
-        pack += k_blocks * source * c_tiles * ((_TRANSPOSE_CYCLES if nchw else 0) + (_SPLIT_CYCLES * parts * (2 if nchw else 1) if parts > 1 else 0))
-    split = _SPLIT_CYCLES * parts if parts > 1 else 0
-    pack += c_blocks * chunks * k_tiles * ((_COPY_CYCLES if nchw else _TRANSPOSE_CYCLES) * parts + split)
-    if not nchw:
-        pack += c_blocks * k_blocks * chunks * UNIT * _POINTER_CYCLES
-    weights = problem.k * problem.cg * taps
-    work = problem.g * (multiply + pack)
-    memory = (k_blocks * problem.n * problem.c * problem.h * problem.w + c_blocks * problem.n * problem.k * problem.p * problem.q) * DTYPES[problem.dtype]
-    work += memory / _MEMORY_BYTES
-    most = max(1, min(tiles, _PARTIAL_BYTES // (weights * 4), int(work / blocks / _SHARE_CYCLES)))
-    shares = min(most, -(-_TASKS // blocks)) if blocks < _TASKS else 1
-    share_tiles = -(-tiles // shares)
-    shares = -(-tiles // share_tiles)
-    finish = weights * (_WEIGHT_CYCLES[taps > 1 and problem.weight_format == "nchw"] + (shares * 8 / _MEMORY_BYTES if shares > 1 else 0))
-    tasks = blocks * shares
-    score = sum((work / tasks * t * -(-tasks // t) if tasks < 16 * t else work) + finish for t in (2, 4, 8))
-    return replace(config, shares=shares, share_tiles=share_tiles, cycles=work + finish, score=score)
-
-
-def _pieces(total: int, size: int) -> Iterator[int]:
-    for first in range(0, total, size):
-        yield min(size, total - first)
+_ADVANTAGE = 1.0
 
 
 class _Layout:
@@ -205,12 +41,9 @@ class _Layout:
         parts, taps = PARTS[problem.dtype], problem.r * problem.s
         images, rows, columns = config.tile
         self.c_tiles, self.k_tiles = -(-config.block_c // ROWS), -(-config.block_k // ROWS)
-        self.plane_bytes = gather.runs * gather.entries * 32
-        self.right_tile = odd_lines(gather.planes * self.plane_bytes)
-        self.right_part = self.c_tiles * self.right_tile
+        self.right_part = self.c_tiles * gather.right_tile
         self.right_bytes = parts * self.right_part
-        self.left_tile = odd_lines(gather.runs * gather.chunks * TILE_BYTES)
-        self.left_part = self.k_tiles * self.left_tile
+        self.left_part = self.k_tiles * gather.left_tile
         self.left_bytes = parts * self.left_part
         self.sums_c = taps * TILE_BYTES
         self.sums_k = self.c_tiles * self.sums_c
@@ -303,7 +136,7 @@ def _values(
     column_table, column_length = _column_tables(problem, gather, tile_q, column_pitch)
     planes = np.array(
         [
-            (gather.rows.table_start(a), slab.extent, b * column_length, (a * len(gather.columns.slabs) + b) * layout.plane_bytes)
+            (gather.rows.table_start(a), slab.extent, b * column_length, (a * len(gather.columns.slabs) + b) * gather.plane_bytes)
             for a, slab in enumerate(gather.rows.slabs)
             for b in range(len(gather.columns.slabs))
         ],
@@ -316,7 +149,7 @@ def _values(
     for i, line in enumerate(gradient_columns):
         here = min(tile_q, problem.q - i * tile_q)
         line[:here] = np.arange(here) * gy_column
-    taps = gather.tap_offsets(layout.plane_bytes)
+    taps = gather.tap_offsets()
     zeros = np.zeros(max(layout.x_pixel, layout.gy_pixel) + 64, np.uint8)
     ones = np.full(TILE_BYTES // 2, 0x3F80, np.uint16)
     shapes = palette(MAX_PAIRS)
@@ -330,8 +163,8 @@ def _values(
         "pixel_image": layout.pixel_image, "x_pixel": layout.x_pixel, "x_part": layout.x_part, "gy_pixel": layout.gy_pixel, "gy_part": layout.gy_part,
         "row_spans": layout.spans.ctypes.data, "row_table": row_table.ctypes.data, "column_table": column_table.ctypes.data, "planes": len(planes),
         "plane_table": planes.ctypes.data, "gy_rows": gradient_rows.ctypes.data, "gy_columns": gradient_columns.ctypes.data,
-        "gy_columns_pitch": width * 8, "taps": len(taps), "tap_offsets": taps.ctypes.data, "right_tile": layout.right_tile,
-        "right_part": layout.right_part, "left_tile": layout.left_tile, "left_part": layout.left_part, "sums_block": layout.sums_block,
+        "gy_columns_pitch": width * 8, "taps": len(taps), "tap_offsets": taps.ctypes.data, "right_tile": gather.right_tile,
+        "right_part": layout.right_part, "left_tile": gather.left_tile, "left_part": layout.left_part, "sums_block": layout.sums_block,
         "sums_k": layout.sums_k, "sums_c": layout.sums_c, "has_bias": int(problem.epilogue.bias), "ones": ones.ctypes.data, "zeros": zeros.ctypes.data,
         "palette": shapes.ctypes.data, "weight_k": weight[0], "weight_c": weight[1], "weight_tap": weight[3],
     }  # fmt: skip
@@ -344,20 +177,46 @@ class AmxWeight:
     name = "amx"
 
     def plan(self, problem: ConvProblem, threads: int) -> CheckedPlan:
-        """A plan for grad_weight; raises :class:`Unsupported` where there are no matrix tiles or another algorithm is predicted faster."""
+        """A plan; raises :class:`Unsupported` for what it does not take, and, where it is not asked for by name, where another one is predicted faster."""
         target = targets.target()
-        if problem.direction != "grad_weight":
-            raise Unsupported("only grad_weight")
-        if not target.matrix_tiles:
-            raise Unsupported(f"{target.isa} has no matrix tiles")
-        if problem.dtype not in PARTS:
-            raise Unsupported("not for float64: matrix tiles multiply bfloat16")
-        if problem.empty:
-            raise Unsupported("an operand is empty")
-        config = choose_config(problem, target)
+        if (reason := _refusal(problem, target)) is not None:
+            raise Unsupported(reason)
+        # Which algorithm it is, and its blocks, decide bits: neither the number of threads nor the machine's rates may.
+        plain = replace(target, rates=Rates())
+        config = choose_config(problem, plain)
         if config is None:
             raise Unsupported("a row of pixels takes more scratch than a thread may have")
+        if options.current().implementation != self.name:
+            if problem.dtype != "bf16":
+                raise Unsupported(BY_NAME_ONLY)
+            rival = _rival(problem, plain)
+            if rival < _ADVANTAGE * config.cycles:
+                raise Unsupported(f"vectors are predicted to be faster ({rival:.3g} cycles of one core; {config.cycles:.3g})")
         return build_plan(problem, target, threads, config, self.name)
 
 
 AMX_WEIGHT = AmxWeight()
+
+
+def _refusal(problem: ConvProblem, target: Target) -> str | None:
+    """Why the algorithm does not apply."""
+    if problem.direction != "grad_weight":
+        return "only grad_weight"
+    if not target.matrix_tiles:
+        return "the processor has no matrix tiles (AMX)"
+    if problem.dtype not in PARTS:
+        return f"{problem.dtype} is no sum of a few bfloat16 numbers"
+    if problem.empty:
+        return "an operand is empty"
+    if problem.dtype != "bf16" and options.current().precision == "strict":
+        return "precision is strict"
+    return None
+
+
+def _rival(problem: ConvProblem, target: Target) -> float:
+    """The cycles that the best of the kernels on vectors is predicted to take on one core."""
+    direct = predicted_cycles(problem, target, choose_direct(problem, target))
+    if refusal(problem, target) is not None:
+        return direct
+    winograd = choose_winograd(problem, target)
+    return direct if winograd is None else min(direct, winograd.cycles)

@@ -26,7 +26,7 @@ from __future__ import annotations
 from ..codegen.emit import Function, Value, vector_type
 from . import bfloat
 
-__all__ = ["PARTS", "PRODUCTS", "interleave", "split"]
+__all__ = ["BY_NAME_ONLY", "PARTS", "PRODUCTS", "interleave", "split"]
 
 PARTS = {"bf16": 1, "f16": 2, "f32": 3}
 """bfloat16 parts of a number, by type."""
@@ -37,6 +37,10 @@ PRODUCTS: dict[int, tuple[tuple[tuple[int, int], ...], ...]] = {
     3: (((0, 1), (0, 2), (1, 1), (1, 0), (2, 0)), ((0, 0),)),
 }
 """By number of parts: passes over the whole reduction, each the products (left part, right part) that it adds, in an order that changes few operands."""
+
+
+BY_NAME_ONLY = "products of several parts are not faster on every machine: ask by name, or for autotune"
+"""Why a type of several parts is refused where the algorithm is not asked for."""
 
 
 def split(f: Function, value: Value, lanes: int, parts: int) -> list[Value]:
