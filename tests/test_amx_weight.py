@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 import cases
 import harness
-from faltung import testing
+from faltung import config, dispatch, testing
 from faltung.cpu import target
 from faltung.problem import FORMATS, ConvProblem
 from instruction_sets import needs_isa
@@ -112,6 +114,28 @@ def test_nan_infinity_and_overflow(operand: str, value: float, dtype: str) -> No
                 assert value == 3e38 or not wanted.main.isfinite().all()
                 assert harness.equal_where_not_finite(got, wanted), f"'{problem}' at {where}"
                 source[where] = before
+
+
+@needs_isa(AMX)
+def test_chosen_in_bfloat16_where_predicted_faster() -> None:
+    """By sizes alone: which algorithm it is decides bits."""
+    slow, fast = (replace(target.TARGETS[AMX], rates=target.Rates(rate, rate, rate, rate)) for rate in (0.25, 4.0))
+    found = []
+    for case in ("n8c256h14w14k256r3s3 p1", "n1c64h56w56k64r1s1", "n2c3h40w40k8r3s3 p1", "n1c512h7w7k512r3s3 p1", "n1c4h5w5k3r3s3"):
+        problem = cases.problem(case, "grad_weight", "bf16", "nhwc", "nhwc")
+        chosen = set()
+        for machine in (slow, fast):
+            with target.use_target(machine):
+                chosen |= {dispatch.plan(problem, "cpu", threads).implementation for threads in (1, 2, 16)}
+        found += chosen
+        assert len(chosen) == 1, case
+    assert {"amx"} < {*found}
+    for dtype in ("f16", "f32"):
+        with target.use_target(AMX):
+            problem = cases.problem(CASES[-1], "grad_weight", dtype, "nhwc", "nhwc")
+            assert dispatch.plan(problem, "cpu", 2).implementation != "amx"
+            with config.override(precision="strict"), pytest.raises(dispatch.Unsupported, match="strict"):
+                harness.plan_named("amx", problem)
 
 
 @needs_isa("avx2")

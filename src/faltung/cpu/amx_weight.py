@@ -31,7 +31,7 @@ from .winograd_weight_tiling import choose_config as choose_winograd
 __all__ = ["AMX_WEIGHT", "AmxWeight", "AmxWeightConfig", "build_plan", "choose_config"]
 
 _SLACK = 4096
-_ADVANTAGE = 1.0
+_ADVANTAGE = 1.4  # of 150 layers in bfloat16 some of those predicted closer than this were slower, none above it
 
 
 class _Layout:

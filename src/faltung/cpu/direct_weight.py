@@ -101,9 +101,11 @@ def choose_config(problem: ConvProblem, target: Target) -> WeightConfig:
 
 
 def predicted_cycles(problem: ConvProblem, target: Target, config: WeightConfig) -> float:
-    """Cycles of the products on one core."""
+    """Cycles of the products on one core: a block's are those of a whole and of the last block of channels, where these differ."""
     pixels = Numeric(problem.dtype, target).elements(problem.n * problem.p * problem.q)
-    return config.block.cycles * problem.r * (problem.s // config.columns) * problem.g * pixels
+    last = problem.cg % config.block_channels
+    passes = problem.cg / (config.block_channels + last)
+    return config.block.cycles * passes * problem.r * (problem.s // config.columns) * problem.g * pixels
 
 
 def _joins(problem: ConvProblem, numeric: Numeric) -> bool:
