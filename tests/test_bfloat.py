@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 import cases
 import harness
+import tile_emulation
 from faltung import dispatch, testing
 from faltung.codegen.compile import assembly
-from faltung.codegen.emit import Function, Value, vector_type
 from faltung.codegen.numeric import Numeric
 from faltung.cpu import bfloat, direct, direct_weight, gemv_kernel, micro, pointwise, target
 from faltung.problem import DIRECTIONS, FORMATS, ConvProblem, Direction
@@ -58,29 +58,14 @@ def _problems(direction: Direction) -> list[ConvProblem]:
     ]
 
 
-def _emulated_dot(f: Function, left: Value, right: Value, total: Value) -> Value:
-    """The product of pairs by two multiply-adds, for processors without the instruction."""
-    lanes = int(total.type[1:].split()[0])
-    integers = vector_type("i32", lanes)
-
-    def halves(pairs: Value) -> list[Value]:
-        bits = f.cast("bitcast", pairs, integers)
-        low, high = f.define(integers, f"shl {bits}, splat (i32 16)"), f.define(integers, f"and {bits}, splat (i32 -65536)")
-        return [f.cast("bitcast", half, total.type) for half in (low, high)]
-
-    for a, b in zip(halves(left), halves(right)):
-        total = f.fma(a, b, total)
-    return total
-
-
 @needs_isa("avx2")
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("implementation", ("direct", "pointwise", "gemv"))
 def test_pairs_with_an_emulated_product(implementation: str, direction: Direction, monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything but the one instruction: vectors of 64 bytes and their masks, lowered by LLVM for this processor."""
     for module in (bfloat, micro, gemv_kernel):
-        monkeypatch.setattr(module, "dot", _emulated_dot)
-    monkeypatch.setattr(bfloat.Rounded, "narrow", Numeric.narrow)
+        monkeypatch.setattr(module, "dot", tile_emulation.add_products)
+    monkeypatch.setattr(bfloat, "nearest", tile_emulation.nearest)
     host = target.host_target()
     lowered = replace(host, isa=PAIRS, features=host.features + ",+sse2", vector_bytes=64, registers=32, masks=True, bfloat16_dot=True)  # a name of its own
     with target.use_target(lowered):

@@ -97,6 +97,7 @@ class Module:
     def __init__(self) -> None:
         self._functions: dict[str, Function] = {}
         self._declarations: dict[str, str] = {}
+        self._memory: dict[str, int] = {}
 
     def function(self, name: str, parameters: Sequence[tuple[str, str]], *, result: str = "void", public: bool = False) -> Function:
         """A new function; ``parameters`` are ``(type, name)``.  Finished by its own ``ret``."""
@@ -112,9 +113,14 @@ class Module:
     def declare(self, name: str, signature: str) -> None:
         self._declarations[name] = signature
 
+    def memory(self, name: str, byte_count: int) -> None:
+        """Zeroed memory ``@name`` that all calls share."""
+        self._memory[name] = byte_count
+
     def __str__(self) -> str:
+        memory = "".join(f"@{name} = internal global [{size} x i8] zeroinitializer, align 64\n" for name, size in sorted(self._memory.items()))
         declarations = "".join(f"declare {signature}\n" for _, signature in sorted(self._declarations.items()))
-        return declarations + "\n".join(str(f) for f in self._functions.values())
+        return memory + declarations + "\n".join(str(f) for f in self._functions.values())
 
 
 class Function:

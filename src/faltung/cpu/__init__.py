@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..dispatch import Implementation
 from .amx import AMX
+from .amx_weight import AMX_WEIGHT
 from .depthwise import DEPTHWISE
 from .direct import DIRECT
 from .direct_weight import DIRECT_WEIGHT
@@ -17,5 +18,18 @@ from .winograd_weight import WINOGRAD_WEIGHT
 
 __all__ = ["IMPLEMENTATIONS"]
 
-IMPLEMENTATIONS: tuple[Implementation, ...] = (FOLDED, DEPTHWISE, GEMV, AMX, GROUPED, WINOGRAD, WINOGRAD_WEIGHT, PLANES, POINTWISE, DIRECT, DIRECT_WEIGHT)
+IMPLEMENTATIONS: tuple[Implementation, ...] = (
+    FOLDED,
+    DEPTHWISE,
+    GEMV,
+    AMX,
+    AMX_WEIGHT,
+    GROUPED,
+    WINOGRAD,
+    WINOGRAD_WEIGHT,
+    PLANES,
+    POINTWISE,
+    DIRECT,
+    DIRECT_WEIGHT,
+)
 """In order of preference."""

@@ -28,7 +28,7 @@ from .geometry import Axis, axes
 from .grouped import check as check_grouped
 from .grouped import choose_config as choose_grouped
 from .matrix_tiles import MAX_PAIRS, ROWS, palette
-from .parts import PARTS, PRODUCTS
+from .parts import BY_NAME_ONLY, PARTS, PRODUCTS
 from .plan import CpuPlan
 from .pointwise import joined
 from .target import Rates, Target
@@ -282,7 +282,7 @@ class Amx:
         config = choose_config(row, target, threads)
         if options.current().implementation != self.name:
             if problem.dtype != "bf16":
-                raise Unsupported("products of several parts are not faster on every machine: ask by name, or for autotune")
+                raise Unsupported(BY_NAME_ONLY)
             # Which algorithm it is decides bits: neither the number of threads nor the machine's rates may.
             plain = replace(target, rates=Rates())
             own, rival = choose_config(row, plain, 1).cycles, _rival(problem, row, plain)

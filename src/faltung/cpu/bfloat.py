@@ -22,7 +22,10 @@ from ..codegen.emit import Function, Module, Value, vector_type
 from ..codegen.numeric import Numeric
 from ..problem import ConvProblem
 
-__all__ = ["TILE_FIELDS", "Halves", "Joined", "Rounded", "add_pairs", "dot", "emit_pack_pairs", "pair_efficiency", "pair_offsets", "pair_tiles", "run_length"]
+__all__ = [
+    "TILE_FIELDS", "Halves", "Joined", "Rounded", "add_pairs", "dot",
+    "emit_pack_pairs", "nearest", "pair_efficiency", "pair_offsets", "pair_tiles", "run_length",
+]  # fmt: skip
 
 _BOTH, _FIRST = -1, 0xFFFF
 _LINES_AHEAD, _BYTES_AHEAD = 8, 128  # weights are read in pieces too short for the processor to foresee the next one
@@ -94,12 +97,17 @@ class Joined(Numeric):
         return f.cast("bitcast", pairs, vector_type("float", lanes))
 
 
+def nearest(f: Function, value: Value, lanes: int) -> Value:
+    """The bits of ``lanes`` float32 rounded to bfloat16 by the processor's instruction (ties to even), which takes subnormal numbers for zero."""
+    return f.cast("bitcast", f.cast("fptrunc", value, vector_type("bfloat", lanes)), vector_type("i16", lanes))
+
+
 @dataclass(frozen=True, eq=False)
 class Rounded(Numeric):
-    """Rounds to bfloat16 with the processor's instruction (to the nearest, ties to even), which takes subnormal numbers for zero."""
+    """Rounds to bfloat16 by :func:`nearest`."""
 
     def narrow(self, f: Function, value: Value, lanes: int) -> Value:
-        return f.cast("bitcast", f.cast("fptrunc", value, vector_type("bfloat", lanes)), vector_type("i16", lanes))
+        return nearest(f, value, lanes)
 
 
 def _pack_runs(

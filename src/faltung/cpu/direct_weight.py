@@ -20,7 +20,7 @@ from .target import Target
 from .tile import Tile, align, meets_itself, pitches
 from .tiling import Block, choose_block, split_count, tile_candidates, useful_threads
 
-__all__ = ["DIRECT_WEIGHT", "DirectWeight", "WeightConfig", "choose_config"]
+__all__ = ["DIRECT_WEIGHT", "DirectWeight", "WeightConfig", "choose_config", "predicted_cycles"]
 
 _SLACK = 4096
 _CHUNK_PIXELS = 196  # 14x14, 4 images of 7x7, 7 rows of 28
@@ -98,6 +98,14 @@ def choose_config(problem: ConvProblem, target: Target) -> WeightConfig:
     parts = 1 if blocks >= _ENOUGH_BLOCKS else max(1, min(tiles, -(-_TASKS // blocks), most_parts))
     part_tiles = -(-tiles // parts)
     return WeightConfig(tile, block, channels, block_panels, -(-tiles // part_tiles), part_tiles, columns)
+
+
+def predicted_cycles(problem: ConvProblem, target: Target, config: WeightConfig) -> float:
+    """Cycles of the products on one core: a block's are those of a whole and of the last block of channels, where these differ."""
+    pixels = Numeric(problem.dtype, target).elements(problem.n * problem.p * problem.q)
+    last = problem.cg % config.block_channels
+    passes = problem.cg / (config.block_channels + last)
+    return config.block.cycles * passes * problem.r * (problem.s // config.columns) * problem.g * pixels
 
 
 def _joins(problem: ConvProblem, numeric: Numeric) -> bool:
@@ -190,7 +198,7 @@ def build_plan(problem: ConvProblem, target: Target, threads: int, config: Weigh
     """Tables, kernel and argument block for a configuration."""
     numeric = Numeric(problem.dtype, target)
     lanes, size = numeric.lanes, numeric.compute_bytes
-    cycles = config.block.cycles * problem.r * (problem.s // config.columns) * problem.g * numeric.elements(problem.n * problem.p * problem.q)
+    cycles = predicted_cycles(problem, target, config)
     threads = useful_threads(threads, cycles, target)
     rows, columns = axes(problem, config.tile[1:], dense=problem.format == "nhwc" or config.columns > 1)
     c_blocks = -(-problem.cg // config.block_channels)

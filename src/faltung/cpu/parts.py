@@ -24,8 +24,9 @@ Source: G. Henry, P. T. P. Tang, A. Heinecke, *Leveraging the bfloat16 Artificia
 from __future__ import annotations
 
 from ..codegen.emit import Function, Value, vector_type
+from . import bfloat
 
-__all__ = ["PARTS", "PRODUCTS", "interleave", "split"]
+__all__ = ["BY_NAME_ONLY", "PARTS", "PRODUCTS", "interleave", "split"]
 
 PARTS = {"bf16": 1, "f16": 2, "f32": 3}
 """bfloat16 parts of a number, by type."""
@@ -38,12 +39,16 @@ PRODUCTS: dict[int, tuple[tuple[tuple[int, int], ...], ...]] = {
 """By number of parts: passes over the whole reduction, each the products (left part, right part) that it adds, in an order that changes few operands."""
 
 
+BY_NAME_ONLY = "products of several parts are not faster on every machine: ask by name, or for autotune"
+"""Why a type of several parts is refused where the algorithm is not asked for."""
+
+
 def split(f: Function, value: Value, lanes: int, parts: int) -> list[Value]:
     """The bits of the ``parts`` of ``lanes`` float32, as vectors of i16."""
-    short, wide, single = vector_type("i16", lanes), vector_type("i32", lanes), vector_type("float", lanes)
+    wide, single = vector_type("i32", lanes), vector_type("float", lanes)
     found: list[Value] = []
     for index in range(parts):
-        bits = f.cast("bitcast", f.cast("fptrunc", value, vector_type("bfloat", lanes)), short)
+        bits = bfloat.nearest(f, value, lanes)
         found.append(bits)
         if index + 1 < parts:
             back = f.cast("bitcast", f.define(wide, f"shl {f.cast('zext', bits, wide)}, {'16' if lanes == 1 else 'splat (i32 16)'}"), single)
