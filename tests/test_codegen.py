@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -304,13 +305,21 @@ def _micro_assembly(isa: str, dtype: str, micro: Micro) -> str:
     return assembly(str(module).replace("define internal", "define"), target.TARGETS[isa])
 
 
+KINDS = (
+    Micro("channels", 1, 1),
+    Micro("channels", 1, 1, unit_pitch=True),
+    Micro("pixels", 1, 1),
+    Micro("pixels", 1, 1, run=True, apart=True),
+)
+
+
 @pytest.mark.parametrize("dtype", ("f32", "f64"))
-@pytest.mark.parametrize(("orientation", "unit_pitch"), [("channels", False), ("channels", True), ("pixels", False)])
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 @pytest.mark.parametrize(("isa", "rows", "vectors"), [(isa, *block) for isa, blocks in BLOCKS.items() for block in blocks])
-def test_micro_kernel_keeps_its_accumulators_in_registers(isa: str, rows: int, vectors: int, orientation: str, unit_pitch: bool, dtype: str) -> None:
+def test_micro_kernel_keeps_its_accumulators_in_registers(isa: str, rows: int, vectors: int, kind: Micro, dtype: str) -> None:
     machine, register = target.TARGETS[isa], _REGISTER[isa]
     assert rows <= largest_rows(vectors, machine.registers, machine.fma)
-    body = _loop_body(_micro_assembly(isa, dtype, Micro(orientation, rows, vectors, unit_pitch)))
+    body = _loop_body(_micro_assembly(isa, dtype, replace(kind, rows=rows, vectors=vectors)))
     on_stack = [line for line in body if "(%rsp" in line and register in line]
     assert not on_stack, on_stack
     steps = 2  # in one turn of the loop

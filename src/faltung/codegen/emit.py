@@ -260,6 +260,12 @@ class Function:
         self.module.declare("llvm.prefetch.p0", "void @llvm.prefetch.p0(ptr, i32, i32, i32)")
         self.line(f"call void @llvm.prefetch.p0({pointer}, i32 0, i32 {locality}, i32 1)")
 
+    def opaque(self, pointer: Value) -> Value:
+        """The same address, of which the compiler does not know how it was made; no instruction comes of it."""
+        name = "llvm.launder.invariant.group.p0"
+        self.module.declare(name, f"ptr @{name}(ptr)")
+        return self.define("ptr", f"call ptr @{name}({pointer})")
+
     def barrier(self) -> None:
         """No access to memory moves across, and none is shared with one on the other side; no instruction comes of it."""
         self.line('fence syncscope("singlethread") acq_rel')

@@ -122,7 +122,12 @@ def emit_micro(module: Module, numeric: Numeric, micro: Micro) -> Function:
                 scalars = pitches.rows(gathered, micro.rows)
         else:
             vectors = [f.load(gathered + v * vector_bytes, numeric.vector) for v in range(micro.vectors)]
-            scalars = pitches.rows(panel + unroll * size, micro.rows) if pitches else [panel + (unroll * micro.rows + m) * size for m in range(micro.rows)]
+            if pitches:
+                # Opaque, or every third row gets a pointer that is carried from step to step, which leaves so few registers for addresses that blocks of eight
+                # rows and more keep accumulators on the stack: 9x3 and 13x2 took twice the time of 6x4.
+                scalars = pitches.rows(f.opaque(panel + unroll * size), micro.rows)
+            else:
+                scalars = [panel + (unroll * micro.rows + m) * size for m in range(micro.rows)]
         for m in range(micro.rows):
             scalar = f.splat(f.load(scalars[m], numeric.compute), lanes)
             for v in range(micro.vectors):

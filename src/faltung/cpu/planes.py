@@ -40,10 +40,11 @@ _PANEL_CACHES = 2  # the largest panel, in second-level caches: every thread hol
 _MOST_PLACES = 1 << 17
 _TASK_CYCLES = 400.0
 _COSTS = {"row_cycles": 1 / 8, "latency": 4.5}  # 4x3 is 5 to 10 % faster than 6x2, which reads the weight at one and a half times its rate, and than 2x4
+_FAR_CYCLES = 1 / 12  # of a byte of the weight that no cache of the core holds, for each time that it is read; where the shared cache is fast it costs nothing
 _UNEVEN = 0.1  # of a task: cores are never equally fast, and the last task is waited for
-_ADVANTAGE = 0.85  # the other model leaves out the packing of weights and the transposed stores: over 260 layers no ratio above this one was a loss
+_ADVANTAGE = {32: 0.85, 64: 0.9}  # by bytes of a vector; the other model leaves out the packing of weights and transposed stores: below these ratios lie losses
 _FEW_PIXELS = 64  # several images of 7x7, 1x1 layers: up to 0.75 of the packed kernel's speed, which packs once and reads weights once for each image
-_FROZEN_ADVANTAGE = 0.93  # with weights that are packed already: 512 to 2048 channels at 7x7 take 0.8 of the time, at 14x14 1.1
+_FROZEN_ADVANTAGE = {32: 0.93, 64: 0.9}  # with weights that are packed already, by bytes of a vector: with AVX2 7x7 layers take 0.8 of the time, 14x14 ones 1.1
 _WEIGHT_CYCLES = 1.2  # grad_input: to pack a weight, from and to the caches beyond the first
 _PIXEL_CYCLES = 4.0  # to find the place of one pixel for one tap
 _COPY_CYCLES = 2.0  # a vector of pixels that follow each other
@@ -88,11 +89,11 @@ class Planes:
             return _build_plan(problem, target, threads, config, self.name)
         rival = math.inf if options.current().implementation == self.name else _rival(problem, target, threads)
         config = offered_configs(problem, target, threads)[0]
-        if rival < _ADVANTAGE * config.cycles:
+        if rival < _ADVANTAGE.get(target.vector_bytes, 0.0) * config.cycles:
             raise Unsupported(f"packed weights are predicted to be faster ({rival:.3g} cycles; {config.cycles:.3g})")
         useful = useful_threads(threads, config.cycles, target)
         plan = _build_plan(problem, target, useful, config if useful == threads else offered_configs(problem, target, useful)[0], self.name)
-        if rival < _FROZEN_ADVANTAGE * config.cycles:
+        if rival < _FROZEN_ADVANTAGE.get(target.vector_bytes, 0.0) * config.cycles:
             plan.when_frozen = lambda: (POINTWISE if _Sizes(problem, target).joined else DIRECT).plan(problem, threads)
         return plan
 
@@ -126,8 +127,8 @@ def _refusal(problem: ConvProblem, target: Target) -> str | None:
 
 def _rival(problem: ConvProblem, target: Target, threads: int) -> float:
     """The cycles that ``direct`` or ``pointwise`` is predicted to take, with the same bits."""
-    if target.vector_bytes != 32:
-        raise Unsupported("vectors are not of 256 bits: measured with AVX2 only")
+    if target.vector_bytes not in _ADVANTAGE:
+        raise Unsupported("vectors are not of 256 or 512 bits: measured with AVX2 and AVX-512 only")
     if problem.r * problem.s > 1 and problem.stride == (1, 1):
         raise Unsupported("several taps at stride 1: rows that are packed once serve all of them")
     sizes = _Sizes(problem, target)
@@ -173,6 +174,10 @@ class _Sizes:
         """From one pixel block's panel to the next."""
         return odd_lines(self.terms * vectors * self.numeric.lanes * self.numeric.compute_bytes)
 
+    def held(self, run: int, vectors: int) -> int:
+        """Pixel blocks of a task's ``run`` that are packed at a time and share what is read of the weight."""
+        return max(1, min(run, self.target.l2 // 4 // self.panel_bytes(vectors)))
+
 
 @lru_cache(maxsize=1024)
 def offered_configs(problem: ConvProblem, target: Target, threads: int) -> tuple[PlanesConfig, ...]:
@@ -188,6 +193,8 @@ def _configurations(sizes: _Sizes, threads: int) -> Iterator[PlanesConfig]:
     pixel_vectors = -(-pixels // numeric.lanes)
     weights = 0.0 if roles.forward else sizes.problem.g * channels * terms * _WEIGHT_CYCLES
     images = sizes.problem.n * sizes.problem.g
+    weight_bytes = channels * terms * numeric.compute_bytes
+    reread = weight_bytes * _FAR_CYCLES * max(0.0, 1 / target.rates.far - 1) if weight_bytes > target.l2 // 2 else 0.0
     most = min(4, pixels // numeric.lanes)
     for vectors in range(min(2, most), most + 1):  # blocks of one vector read the weight at twice the rate of two: half the speed and less
         if vectors > 2 and sizes.panel_bytes(vectors) > _PANEL_CACHES * target.l2:
@@ -199,9 +206,11 @@ def _configurations(sizes: _Sizes, threads: int) -> Iterator[PlanesConfig]:
         # of all output channels, in the mean of wide and narrow blocks
         products = (block.cycles * terms + pack) * (wide + narrow * (vectors - 1) / vectors) / blocks - pack
 
-        def cycles(run: int, k_blocks: int, pieces: int = pieces, blocks: int = blocks, pack: float = pack, products: float = products) -> float:
-            tasks = images * -(-blocks // run) * k_blocks
-            task = run * (pack + products * -(-pieces // k_blocks) / pieces) + _TASK_CYCLES
+        def cycles(
+            run: int, k_blocks: int, vectors: int = vectors, pieces: int = pieces, blocks: int = blocks, pack: float = pack, products: float = products
+        ) -> float:
+            tasks, share = images * -(-blocks // run) * k_blocks, -(-pieces // k_blocks) / pieces
+            task = run * (pack + products * share) + -(-run // sizes.held(run, vectors)) * reread * share + _TASK_CYCLES
             return (math.ceil(tasks / threads) + _UNEVEN) * threads * task + weights
 
         choices = [(run, k_blocks) for k_blocks in _shares(pieces, 4 * threads) for run in {-(-blocks // runs) for runs in _shares(blocks, 8 * threads)}]
@@ -244,7 +253,7 @@ def _build_plan(problem: ConvProblem, target: Target, threads: int, config: Plan
     tables = _tables(sizes)
     weight, source, out = weight_strides(problem), pitches(problem, roles.forward), pitches(problem, not roles.forward)
     panel = sizes.panel_bytes(block.vectors)
-    held = max(1, min(config.run, target.l2 // 4 // panel))
+    held = sizes.held(config.run, block.vectors)
     block_pieces = -(-pieces // config.k_blocks)
     held_pieces = pieces if held == 1 else max(1, target.l2 // 4 // (terms * block.rows * size))
     summed = terms > config.chunk  # in pieces
