@@ -15,6 +15,7 @@ import torch
 
 import harness
 from faltung import testing
+from faltung.cpu import checked
 from faltung.cpu import plan as plans
 from faltung.problem import DTYPES, ConvProblem
 from implementations import BOUNDS
@@ -85,7 +86,8 @@ def main() -> None:
         memory = Guarded(size, side, align=64)
         return memory.address, memory
 
-    plans.workspace = guarded_workspace  # type: ignore[assignment]
+    for module in (plans, checked):
+        module.workspace = guarded_workspace  # type: ignore[assignment]
     assert set(DTYPES) == set(testing.TORCH_DTYPES)
     count = 0
     for implementation, text in order["runs"]:

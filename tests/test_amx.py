@@ -13,6 +13,7 @@ from faltung.cpu import target
 from faltung.cpu.checked import CheckedPlan
 from faltung.problem import FORMATS, ConvProblem, Direction
 from instruction_sets import needs_isa
+from test_guard import run_child
 from tile_emulation import emulate_tiles
 
 AMX = "amx"
@@ -67,6 +68,13 @@ def test_results(direction: Direction, dtype: str) -> None:
     with target.use_target(AMX):
         outcome = harness.sweep(_problems(direction, dtype), "amx", harness.verify)
     assert outcome.ran >= 80
+
+
+@needs_isa(AMX)
+@pytest.mark.parametrize("side", ("end", "start"))
+def test_operands_against_forbidden_pages(side: str) -> None:
+    runs = [("amx", str(problem)) for dtype in ("bf16", "f16", "f32") for problem in _problems("forward", dtype)[:: 2 if dtype == "bf16" else 5]]
+    run_child(side, runs, threads=2)
 
 
 @needs_isa(AMX)

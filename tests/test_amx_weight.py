@@ -12,6 +12,7 @@ from faltung import config, dispatch, testing
 from faltung.cpu import target
 from faltung.problem import FORMATS, ConvProblem
 from instruction_sets import needs_isa
+from test_guard import run_child
 from tile_emulation import emulate_tiles
 
 AMX = "amx"
@@ -81,6 +82,13 @@ def test_results(dtype: str) -> None:
 def test_addresses_aligned_to_their_element_only(dtype: str) -> None:
     with target.use_target(AMX):
         harness.sweep(_problems(dtype, CASES[::5]), "amx", lambda plan: harness.verify(plan, shift=1))
+
+
+@needs_isa(AMX)
+@pytest.mark.parametrize("side", ("end", "start"))
+def test_operands_against_forbidden_pages(side: str) -> None:
+    runs = [("amx", str(problem)) for dtype in ("bf16", "f16", "f32") for problem in _problems(dtype)[:: 2 if dtype == "bf16" else 5]]
+    run_child(side, runs, threads=2)
 
 
 @needs_isa(AMX)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -68,6 +69,7 @@ def _block_sides(problem: ConvProblem, lanes: int, size: int, most_parts: int) -
     return channels, width
 
 
+@lru_cache(maxsize=1024)
 def choose_config(problem: ConvProblem, target: Target) -> WeightConfig:
     """Blocks from sizes and caches alone (not from the number of threads)."""
     numeric = Numeric(problem.dtype, target)

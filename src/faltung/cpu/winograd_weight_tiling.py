@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from ..codegen.numeric import Numeric
 from ..problem import ConvProblem
@@ -63,6 +64,7 @@ def tile_counts(problem: ConvProblem, algorithm: Algorithm) -> tuple[int, int]:
     return -(-problem.p // algorithm.m), -(-problem.q // algorithm.m)
 
 
+@lru_cache(maxsize=1024)
 def choose_config(problem: ConvProblem, target: Target) -> WinogradWeightConfig | None:
     """The configuration predicted to be fastest over several numbers of threads, of those within the error limit."""
     found = [config for algorithm in (F4, F2) for config in candidates(problem, target, algorithm)]
