@@ -42,7 +42,7 @@ _STEP_CYCLES = 80.0  # four products of 16 rows take 64, their operands come fro
 _CALL_CYCLES = 250.0  # of a micro-kernel: sums are loaded and stored, the first products wait for each other
 _CHECK_CYCLES = 4.0  # to look at the sums of a pixel
 _TASK_CYCLES = 600.0
-_ADVANTAGE = 1.35  # of 286 layers in bfloat16 those predicted closer than this were as often slower as faster
+_ADVANTAGE = 1.25  # of 286 layers in bfloat16 those predicted closer than this were as often slower as faster
 _SUM_PIXELS = 320  # whose sums are kept until they are stored, 40 KiB
 _L3_BYTES = 12.0  # a cycle, of weights that do not fit the second-level cache
 
@@ -155,7 +155,7 @@ def _predict(
             linear = max(0.0, (min(together, high) - 1) * pitch + wide)
             steps = len(row.taps) * (1 if sizes.joined else len(column.taps)) * sizes.blocks
             blocks = math.ceil(linear / (2 * ROWS)) * max(1.0, high / together)
-            store = high * wide * (_CHECK_CYCLES * (sizes.joined or sizes.parts > 1) + (8.0 if nhwc else 14.0 if columns.output_step == 1 else 60.0))
+            store = high * wide * (_CHECK_CYCLES * (sizes.joined or sizes.parts > 1) + (4.0 if nhwc else 14.0 if columns.output_step == 1 else 60.0))
             each += panels * (blocks * (steps * _STEP_CYCLES * products + _CALL_CYCLES) + store)
     tasks = problem.n * problem.g * -(-rows.count // rows.tile) * -(-columns.count // columns.tile)
     k_blocks = 1
