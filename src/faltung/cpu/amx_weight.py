@@ -149,7 +149,7 @@ def _values(
     for i, line in enumerate(gradient_columns):
         here = min(tile_q, problem.q - i * tile_q)
         line[:here] = np.arange(here) * gy_column
-    taps = gather.tap_offsets()
+    taps, paired = gather.taps()
     zeros = np.zeros(max(layout.x_pixel, layout.gy_pixel) + 64, np.uint8)
     ones = np.full(TILE_BYTES // 2, 0x3F80, np.uint16)
     shapes = palette(MAX_PAIRS)
@@ -163,7 +163,7 @@ def _values(
         "pixel_image": layout.pixel_image, "x_pixel": layout.x_pixel, "x_part": layout.x_part, "gy_pixel": layout.gy_pixel, "gy_part": layout.gy_part,
         "row_spans": layout.spans.ctypes.data, "row_table": row_table.ctypes.data, "column_table": column_table.ctypes.data, "planes": len(planes),
         "plane_table": planes.ctypes.data, "gy_rows": gradient_rows.ctypes.data, "gy_columns": gradient_columns.ctypes.data,
-        "gy_columns_pitch": width * 8, "taps": len(taps), "tap_offsets": taps.ctypes.data, "right_tile": gather.right_tile,
+        "gy_columns_pitch": width * 8, "taps": len(taps), "paired_taps": paired, "tap_table": taps.ctypes.data, "right_tile": gather.right_tile,
         "right_part": layout.right_part, "left_tile": gather.left_tile, "left_part": layout.left_part, "sums_block": layout.sums_block,
         "sums_k": layout.sums_k, "sums_c": layout.sums_c, "has_bias": int(problem.epilogue.bias), "ones": ones.ctypes.data, "zeros": zeros.ctypes.data,
         "palette": shapes.ctypes.data, "weight_k": weight[0], "weight_c": weight[1], "weight_tap": weight[3],

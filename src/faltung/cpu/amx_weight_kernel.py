@@ -41,7 +41,7 @@ ARGUMENTS = ArgumentBlock(
         "p_tiles", "q_tiles", "tile_p", "tile_q", "tile_images", "images", "p", "q", "width", "folded", "pitch", "extent",
         "x_image", "x_channel", "x_row", "x_column", "gy_image", "gy_channel", "gy_row", "gy_column",
         "pixel_image", "x_pixel", "x_part", "gy_pixel", "gy_part", "row_spans", "row_table", "column_table", "planes", "plane_table",
-        "gy_rows", "gy_columns", "gy_columns_pitch", "taps", "tap_offsets", "right_tile", "right_part", "left_tile", "left_part",
+        "gy_rows", "gy_columns", "gy_columns_pitch", "taps", "paired_taps", "tap_table", "right_tile", "right_part", "left_tile", "left_part",
         "sums_at", "sums_share", "sums_block", "sums_k", "sums_c", "bias_at", "bias_share", "bias_group", "has_bias", "ones", "zeros", "palette", "flag_at",
         "scratch_at", "scratch_size", "right_at", "left_at", "pointers_at", "rows_at", "gy_rows_at", "own_sums_at", "spill_at",
         "weight_k", "weight_c", "weight_tap",
@@ -321,34 +321,52 @@ class _Builder:
         f.call(self.pack_left, [self.gradient(task, t, z), t["left"], t["out_channels"], task["gy_channel"], *images, *lines, *sides])
 
     def multiply(self, f: Function, task: Task, t: dict[str, Value], z: dict[str, Value], fresh: Value) -> None:
-        """Every weight of the block, and the bias."""
+        """Every weight of the block, and the bias.
+
+        Two taps of one plane are multiplied together where there are such: the second one finds in the first-level cache what the first one read.
+        """
         left_run, right_run = z["chunks"] * TILE_BYTES, z["entries"] * 32
+        paired, taps = task["paired_taps"], task["taps"]
 
-        def block(k: Value, c: Value, lefts: int, rights: int) -> None:
-            sums = t["sums"] + k * task["sums_k"] + c * task["sums_c"]
+        def place(i: Value) -> tuple[Value, Value]:
+            """Where tap ``i`` of the table reads x, and where its sums are."""
+            entry = task.table("tap_table") + i * 16
+            return f.load(entry), f.load(entry + 8)
 
-            def tap(i: Value) -> None:
-                right = t["right"] + c * task["right_tile"] + f.load_index(task.table("tap_offsets"), i)
-                sides = [task["left_tile"], task["left_part"], left_run, task["right_tile"], task["right_part"], right_run]
-                pointers = [t["left"] + k * task["left_tile"], right, sums + i * TILE_BYTES, t["spill"]]
-                f.call(self.products[lefts, rights], [*pointers, *sides, z["runs"], z["chunks"], task["sums_k"], task["sums_c"], fresh])
+        def block(k: Value, c: Value, lefts: int, rights: int, read: Value, sums: Value, read_far: Value, sums_far: Value) -> None:
+            pointers = [t["left"] + k * task["left_tile"], t["right"] + c * task["right_tile"] + read]
+            pointers += [t["sums"] + k * task["sums_k"] + c * task["sums_c"] + sums, t["spill"]]
+            sides = [task["left_tile"], task["left_part"], left_run, read_far, task["right_part"], right_run]
+            f.call(self.products[lefts, rights], [*pointers, *sides, z["runs"], z["chunks"], task["sums_k"], sums_far, fresh])
 
-            f.loop(0, task["taps"], 1, tap)
+        def two_taps(k: Value, c: Value, lefts: int, i: Value) -> None:
+            (read, sums), (second, second_sums) = place(i), place(i + 1)
+            block(k, c, lefts, 2, read, sums, second - read, second_sums - sums)
 
-        def units(channels: Value, body: Callable[[Value, int], None]) -> None:
-            count = (channels + (ROWS - 1)) // ROWS
-            f.loop(0, count - 1, 2, lambda i: body(i, 2))
+        def columns(k: Value, lefts: int) -> None:
+            count = (t["channels"] + (ROWS - 1)) // ROWS
+            f.loop(0, count, 1, lambda c: f.loop(0, paired, 2, lambda i: two_taps(k, c, lefts, i)) and None)
+
+            def two_tiles(c: Value) -> None:
+                f.loop(paired, taps, 1, lambda i: block(k, c, lefts, 2, *place(i), task["right_tile"], task["sums_c"]))
+
+            f.loop(0, count - 1, 2, two_tiles)
             with f.when((count % 2).equals(1)):
-                body(count - 1, 1)
+                f.loop(paired, taps - 1, 2, lambda i: two_taps(k, count - 1, lefts, i))
+                with f.when(((taps - paired) % 2).equals(1)):
+                    block(k, count - 1, lefts, 1, *place(taps - 1), f.value(0), f.value(0))
 
-        units(t["out_channels"], lambda k, lefts: units(t["channels"], lambda c, rights: block(k, c, lefts, rights)))
+        k_count = (t["out_channels"] + (ROWS - 1)) // ROWS
+        f.loop(0, k_count - 1, 2, lambda k: columns(k, 2))
+        with f.when((k_count % 2).equals(1)):
+            columns(k_count - 1, 1)
 
         def bias(k: Value) -> None:
             pointers = [t["left"] + k * task["left_tile"], task.table("ones"), t["bias"] + k * TILE_BYTES, t["spill"]]
             f.call(self.row_sums, [*pointers, task["left_part"], z["runs"] * z["chunks"], fresh])
 
         with f.when(t["wants_bias"]):
-            f.loop(0, (t["out_channels"] + (ROWS - 1)) // ROWS, 1, bias)
+            f.loop(0, k_count, 1, bias)
 
     def finish_stage(self, f: Function, task: Task) -> Callable[[Value], None]:
         def body(index: Value) -> None:

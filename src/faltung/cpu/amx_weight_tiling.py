@@ -75,14 +75,17 @@ class Gather:
         self.right_tile = odd_lines(self.planes * self.plane_bytes)
         self.left_tile = odd_lines(self.runs * self.chunks * TILE_BYTES)
 
-    def tap_offsets(self) -> npt.NDArray[np.int64]:
-        """Where each tap's pixels begin among a tile of channels' planes, in bytes."""
-        offsets = [
-            (a.slab * len(self.columns.slabs) + b.slab) * self.plane_bytes + (a.shift * self.pitch + b.shift) // 2 * 64
-            for a in self.rows.phases[0].taps
-            for b in self.columns.phases[0].taps
-        ]
-        return np.array(offsets, np.int64)
+    def taps(self) -> tuple[npt.NDArray[np.int64], int]:
+        """Where each tap reads x and where its sums are, in bytes, and how many of them, first of all, are pairs of one plane."""
+        places: dict[int, list[tuple[int, int]]] = {}
+        taps = [(a, b) for a in self.rows.phases[0].taps for b in self.columns.phases[0].taps]
+        for i, (a, b) in enumerate(taps):
+            plane = a.slab * len(self.columns.slabs) + b.slab
+            read = plane * self.plane_bytes + (a.shift * self.pitch + b.shift) // 2 * 64
+            places.setdefault(plane, []).append((read, i * TILE_BYTES))
+        pairs = [tap for group in places.values() for tap in sorted(group)[: len(group) // 2 * 2]]
+        single = [tap for group in places.values() for tap in sorted(group)[len(group) // 2 * 2 :]]
+        return np.array([*pairs, *single], np.int64), len(pairs)
 
 
 def _replaced(axis: Axis, places: list[tuple[int, int, int]]) -> Axis:
