@@ -8,7 +8,7 @@ import harness
 from faltung import dispatch
 from faltung.problem import ConvProblem
 
-__all__ = ["BOUNDS", "MAY_TAKE", "TAKES", "applicable", "families", "verify"]
+__all__ = ["BOUNDS", "MAY_TAKE", "SWEPT_APART", "TAKES", "applicable", "families", "verify"]
 
 Predicate = Callable[[ConvProblem], bool]
 
@@ -52,6 +52,10 @@ TAKES: dict[str, Predicate] = {
 
 MAY_TAKE: dict[str, Predicate] = {"gemv": _matrices, "planes": _planes, "grouped": lambda p: _zero_padded(p) and p.g > 1 and not p.depthwise}
 """Implementations that refuse where they would not pay, and the only problems that they may take."""
+
+
+SWEPT_APART = {"amx": ("test_amx", "test_amx_weight")}
+"""Implementations for instructions that few processors have, with tables of their own, which run elsewhere with these instructions emulated."""
 
 
 def families(dtype: str) -> set[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import cases
 import harness
 from faltung import config, cpu, dispatch, testing
 from faltung.problem import DIRECTIONS, DTYPES, FORMATS, ConvProblem, Direction
-from implementations import BOUNDS, MAY_TAKE, TAKES, applicable, verify
+from implementations import BOUNDS, MAY_TAKE, SWEPT_APART, TAKES, applicable, verify
 
 
 def _names() -> list[str]:
@@ -20,7 +21,9 @@ def _names() -> list[str]:
 
 
 def test_every_implementation_is_in_the_sweep() -> None:
-    assert sorted(_names()) == sorted({*TAKES, *MAY_TAKE})
+    assert sorted(_names()) == sorted({*TAKES, *MAY_TAKE, *SWEPT_APART})
+    for modules in SWEPT_APART.values():
+        assert all((Path(__file__).parent / f"{module}.py").exists() for module in modules)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
