@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ..codegen.emit import Function, Module, Value
+from ..codegen.numeric import Numeric
 from .depthwise_tile import Lanes
 from .target import Target
 
@@ -87,22 +88,6 @@ def emit_taps(module: Module, lanes: Lanes, reach: Reach, step: int, spacing: in
     ring0 = f["ring"] + low * f["ring_step"]
     weights0 = f["weights"] + low * (columns * entry)
 
-    def in_pieces(w: Value, sums: Sequence[Value], row: Callable[..., list[Value]]) -> list[Value]:
-        """The sums of a few rows at a time, added to those of the rows before: one chain of 961 additions has more than twice the error of PyTorch's sums."""
-        places = [f.stack(entry) for _ in sums]
-        for place, value in zip(places, sums):
-            f.store(value, place)
-
-        def piece(first: Value, ring: Value, w: Value) -> list[Value]:
-            zeros = [f.zero(numeric.vector)] * len(sums)
-            ring, w, *part = f.loop(first, f.minimum(first + _PIECE_ROWS, high), 1, row, [ring, w, *zeros])
-            for place, value in zip(places, part):
-                f.store(f.fadd(f.load(place, numeric.vector), value), place)
-            return [ring, w]
-
-        f.loop(low, high, _PIECE_ROWS, piece, [ring0, w])
-        return [f.load(place, numeric.vector) for place in places]
-
     def pixels(q: Value, count: int, left: int = 0, right: int = 0) -> None:
         last = (count - 1) * step + (columns - 1) * spacing - right
 
@@ -115,7 +100,7 @@ def emit_taps(module: Module, lanes: Lanes, reach: Reach, step: int, spacing: in
                     return [ring + f["ring_step"], w + columns * entry, *cells.row(line, w, sums, columns)]
 
                 if numeric.dtype == "f64" and columns >= _LONG_COLUMNS:
-                    after = in_pieces(w, sums, row)
+                    after = _in_pieces(f, numeric, ring0, w, sums, row)
                 else:
                     after = f.loop(low, high, 1, row, [ring0, w, *sums])[2:]
                 return [x + f["residue_plane"], w + f["residue_weights"], *after]
@@ -163,6 +148,23 @@ def emit_taps(module: Module, lanes: Lanes, reach: Reach, step: int, spacing: in
         singles()
     f.ret()
     return f
+
+
+def _in_pieces(f: Function, numeric: Numeric, ring: Value, w: Value, sums: Sequence[Value], row: Callable[..., list[Value]]) -> list[Value]:
+    """The sums of a few rows at a time, added to those of the rows before: one chain of 961 additions has more than twice the error of PyTorch's sums."""
+    places = [f.stack(numeric.target.vector_bytes) for _ in sums]
+    for place, value in zip(places, sums):
+        f.store(value, place)
+
+    def piece(first: Value, ring: Value, w: Value) -> list[Value]:
+        zeros = [f.zero(numeric.vector)] * len(sums)
+        ring, w, *part = f.loop(first, f.minimum(first + _PIECE_ROWS, f["high"]), 1, row, [ring, w, *zeros])
+        for place, value in zip(places, part):
+            f.store(f.fadd(f.load(place, numeric.vector), value), place)
+        return [ring, w]
+
+    f.loop(f["low"], f["high"], _PIECE_ROWS, piece, [ring, w])
+    return [f.load(place, numeric.vector) for place in places]
 
 
 def _each_vector(f: Function, lanes: Lanes, tail: bool, abreast: int, body: Callable[..., list[Value]], first: list[Value]) -> None:
