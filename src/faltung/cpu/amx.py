@@ -42,6 +42,7 @@ _STEP_CYCLES = 80.0  # four products of 16 rows take 64, their operands come fro
 _CALL_CYCLES = 250.0  # of a micro-kernel: sums are loaded and stored, the first products wait for each other
 _CHECK_CYCLES = 4.0  # to look at the sums of a pixel
 _TASK_CYCLES = 600.0
+_CANDIDATES = 24  # sizes of a tile's side that are tried, from the whole image to one pixel
 _ADVANTAGE = 1.25  # of 286 layers in bfloat16 those predicted closer than this were as often slower as faster
 _SUM_PIXELS = 320  # whose sums are kept until they are stored, 40 KiB
 _L3_BYTES = 12.0  # a cycle, of weights that do not fit the second-level cache
@@ -108,6 +109,12 @@ def _reads_in_place(problem: ConvProblem) -> bool:
     return plain and problem.padding == (0, 0, 0, 0) and sizes.room == roles.source_channels and problem.w >= ROWS and not meets_itself(pixel)
 
 
+def _sides(count: int) -> list[int]:
+    """Sizes of a tile's side, about evenly spread over all that divide ``count`` well."""
+    found = list(tile_candidates(count))
+    return [*found[:: -(-len(found) // _CANDIDATES)], *found[-1:]] if len(found) > _CANDIDATES else found
+
+
 @lru_cache(maxsize=1024)
 def choose_config(problem: ConvProblem, target: Target, threads: int) -> AmxConfig:
     """The configuration predicted to be fastest.  No choice changes the bits."""
@@ -115,11 +122,14 @@ def choose_config(problem: ConvProblem, target: Target, threads: int) -> AmxConf
     packed = not _reads_in_place(problem)
     rows, columns = axes(problem, (1, 1), dense=sizes.joined)
     best: AmxConfig | None = None
-    for tile_q in tile_candidates(columns.count):
+    # The axes do not depend on each other: each is made once for a size.
+    row_axes = [axes(problem, (size, 1), dense=sizes.joined)[0] for size in _sides(rows.count)]
+    for tile_q in _sides(columns.count):
         if not packed and tile_q < min(problem.w, ROWS):
             break
-        for tile_p in tile_candidates(rows.count):
-            config = _predict(problem, target, threads, roles, sizes, packed, *axes(problem, (tile_p, tile_q), dense=sizes.joined))
+        column_axis = axes(problem, (1, tile_q), dense=sizes.joined)[1]
+        for row_axis in row_axes:
+            config = _predict(problem, target, threads, roles, sizes, packed, row_axis, column_axis)
             if config is not None and (best is None or config.cycles < best.cycles):
                 best = config
         if best is not None and tile_q * max(1, rows.count) < 16 * ROWS:
