@@ -35,7 +35,7 @@ from .target import Rates, Target
 from .tile import PAGE, Tile, align, meets_itself, pitches, row_pitch, weight_strides
 from .tiling import split_count, tile_candidates, useful_threads
 
-__all__ = ["AMX", "Amx", "AmxConfig", "choose_config"]
+__all__ = ["AMX", "Amx", "AmxConfig", "choose_config", "tiles_refusal"]
 
 _SLACK = 4096
 _STEP_CYCLES = 80.0  # four products of 16 rows take 64, their operands come from the second-level cache at times
@@ -291,8 +291,6 @@ class Amx:
         row = joined(problem) if one else problem
         config = choose_config(row, target, threads)
         if options.current().implementation != self.name:
-            if problem.dtype != "bf16":
-                raise Unsupported(BY_NAME_ONLY)
             # Which algorithm it is decides bits: neither the number of threads nor the machine's rates may.
             plain = replace(target, rates=Rates())
             own, rival = choose_config(row, plain, 1).cycles, _rival(problem, row, plain)
@@ -311,16 +309,23 @@ _PACKING = Packing(ARGUMENTS, "pack_tasks", "tasks")
 
 def _refusal(problem: ConvProblem, target: Target) -> str | None:
     """Why the algorithm does not apply."""
-    if not target.matrix_tiles:
-        return "the processor has no matrix tiles (AMX)"
     if problem.direction == "grad_weight":
         return "grad_weight is amx_weight's"
-    if problem.dtype not in PARTS:
-        return f"{problem.dtype} is no sum of a few bfloat16 numbers"
     if problem.direction == "grad_input" and problem.padding_mode != "zeros":
         return "grad_input in this padding mode is padded_grad_input's"
+    return tiles_refusal(problem, target)
+
+
+def tiles_refusal(problem: ConvProblem, target: Target) -> str | None:
+    """Why matrix tiles are not for this type, on this processor, under the options in force."""
+    if not target.matrix_tiles:
+        return "the processor has no matrix tiles (AMX)"
+    if problem.dtype not in PARTS:
+        return f"{problem.dtype} is no sum of a few bfloat16 numbers"
     if problem.dtype != "bf16" and options.current().precision == "strict":
         return "precision is strict"
+    if problem.dtype != "bf16" and options.current().implementation != Amx.name:
+        return BY_NAME_ONLY
     return None
 
 

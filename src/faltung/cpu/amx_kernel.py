@@ -49,8 +49,8 @@ ARGUMENTS = ArgumentBlock(
 )  # fmt: skip
 """As in :data:`faltung.cpu.direct_kernel.ARGUMENTS`; ``palette``: address of the shapes of the matrix tiles; a step of the reduction is ``pairs`` pairs of a
 tap, ``channel_blocks`` steps all channels of it; ``tap_major``: the weight's memory has the channels of a tap as neighbours; the sums of ``sum_rows`` rows are
-stored at a time; ``terms``: channels of a tap, or of
-the joined taps of a row; ``flag_at``: where in the scratch of thread 0 a mark is left where a result is not finite."""
+stored at a time; ``terms``: channels of a tap, or of the joined taps of a row; ``flag_at``: where, counted from ``scratch_at``, a mark is left if a result is
+not finite."""
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from ..codegen.load import load
 from ..dispatch import Unsupported
 from ..problem import ConvProblem
 from . import target as targets
+from .amx import tiles_refusal
 from .amx_weight_kernel import ARGUMENTS, PLANE_FIELDS, AmxWeightKernel
 from .amx_weight_pack import UNIT
 from .amx_weight_tiling import AmxWeightConfig, Gather, choose_config
@@ -21,7 +22,7 @@ from .direct_weight import DIRECT_WEIGHT, predicted_cycles
 from .direct_weight import choose_config as choose_direct
 from .geometry import Axis, padded_index
 from .matrix_tiles import MAX_PAIRS, ROWS, TILE_BYTES, palette
-from .parts import BY_NAME_ONLY, PARTS
+from .parts import PARTS
 from .target import Rates, Target
 from .tile import PAGE, align, meets_itself, pitches, weight_strides
 from .tiling import useful_threads
@@ -187,8 +188,6 @@ class AmxWeight:
         if config is None:
             raise Unsupported("a row of pixels takes more scratch than a thread may have")
         if options.current().implementation != self.name:
-            if problem.dtype != "bf16":
-                raise Unsupported(BY_NAME_ONLY)
             rival = _rival(problem, plain)
             if rival < _ADVANTAGE * config.cycles:
                 raise Unsupported(f"vectors are predicted to be faster ({rival:.3g} cycles of one core; {config.cycles:.3g})")
@@ -202,15 +201,9 @@ def _refusal(problem: ConvProblem, target: Target) -> str | None:
     """Why the algorithm does not apply."""
     if problem.direction != "grad_weight":
         return "only grad_weight"
-    if not target.matrix_tiles:
-        return "the processor has no matrix tiles (AMX)"
-    if problem.dtype not in PARTS:
-        return f"{problem.dtype} is no sum of a few bfloat16 numbers"
     if problem.empty:
         return "an operand is empty"
-    if problem.dtype != "bf16" and options.current().precision == "strict":
-        return "precision is strict"
-    return None
+    return tiles_refusal(problem, target)
 
 
 def _rival(problem: ConvProblem, target: Target) -> float:

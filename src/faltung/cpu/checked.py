@@ -1,7 +1,7 @@
 """Plans whose kernels look at their results, and are followed by another plan where one is not finite.
 
 Sums of bfloat16 parts (:mod:`faltung.cpu.parts`) are NaN where they should be infinite, and operands with zeros in the place of pixels that do not exist
-make NaN of zero times infinity.  Such kernels look at every sum that they write (:class:`Finite`) and leave a mark in their workspace; the plan that is
+make NaN of zero times infinity.  Such kernels look at every sum that they write (:func:`still_finite`) and leave a mark in their workspace; the plan that is
 right for all numbers then writes the whole result again.
 """
 
