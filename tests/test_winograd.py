@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 
 import cases
-from faltung import config, dispatch
+import harness
+from faltung import config, dispatch, testing
 from faltung.cpu import target as targets
 from faltung.cpu import winograd, winograd_tiling
 from faltung.cpu.winograd_form import Form, Roles
@@ -314,7 +315,8 @@ def test_refusals_name_their_reason() -> None:
     with pytest.raises(dispatch.Unsupported, match="dilation 1"):
         WINOGRAD_WEIGHT.plan(ConvProblem.parse(base + " p2 d2 grad_weight"), 2)
     assert "group" in reason(base + " g2")
-    assert "float64" in reason(base + " f64")
+    assert "float64" in reason("n8c64h56w56k64r5s5 p2 f64")
+    assert "few channels" in reason("n8c3h56w56k64r5s5 p2 st2 f64")
     assert "channels" in reason("n8c8h56w56k64r3s3 p1")
     assert "padding mode" in reason(base + " reflect grad_input")
     assert "square" in reason("n8c64h56w56k64r7s7 p3")
@@ -349,16 +351,21 @@ def test_pieces_of_the_reduction() -> None:
         assert piece <= channels - (count - 1) * piece < 2 * piece
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "f16"])
+@pytest.mark.parametrize("dtype", ["bf16", "f16", "f64"])
 @pytest.mark.parametrize("memory_format", ["nchw", "nhwc"])
-def test_pieces_of_a_strided_layer_in_16_bits(memory_format: str, dtype: str) -> None:
-    """Several pieces of the reduction, whatever the planner thinks of so small a layer."""
-    problem = ConvProblem.parse(f"forward {dtype} {memory_format} n1c64h9w8k64r3s3 st2 p1 w{memory_format}")
-    allowed = [a for a in BY_TAPS[2] if configurations(problem, a)]
-    assert allowed
-    for algorithm in allowed:
-        for configuration in configurations(problem, algorithm):
-            assert configuration.chunk < problem.c
-            plan = winograd.build_plan(problem, targets.target(), 2, configuration, "winograd")
-            failure = verify(plan)
-            assert not failure, failure
+@pytest.mark.parametrize("text", ["n1c64h9w8k64r3s3 st2 p1", "n2c100h7w10k80r3s3 p1 bias"])
+def test_pieces_in_other_types(text: str, memory_format: str, dtype: str) -> None:
+    """Several pieces of the reduction, whatever the planner thinks of so small a layer; every configuration gives the bits of the first."""
+    problem = ConvProblem.parse(f"forward {dtype} {memory_format} {text} w{memory_format}")
+    algorithms = winograd.algorithms(problem)
+    assert algorithms
+    inputs = testing.make_inputs(problem)
+    for algorithm in algorithms:
+        found = configurations(problem, algorithm)
+        assert all(c.chunk < problem.c for c in found)
+        plans = [winograd.build_plan(problem, targets.target(), 2, c, "winograd") for c in found]
+        failure = verify(plans[0])
+        assert not failure, failure
+        first = harness.launch(plans[0], inputs)
+        for plan in plans[1:]:
+            assert harness.equal_bits(harness.launch(plan, inputs), first), plan.describe()

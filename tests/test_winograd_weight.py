@@ -16,6 +16,7 @@ from faltung.cpu import winograd_weight, winograd_weight_tiling
 from faltung.cpu.winograd_transform import ERROR_LIMIT, F2, F4, Algorithm
 from faltung.cpu.winograd_weight_tiling import WinogradWeightConfig
 from faltung.problem import ConvProblem
+from implementations import verify
 from instruction_sets import each_isa
 
 ALGORITHMS = {"F2": F2, "F4": F4}
@@ -79,6 +80,18 @@ def test_padding(mode: str, padding: str, memory_format: str) -> None:
 def test_configurations(algorithm: str, memory_format: str) -> None:
     check(parse(f"{memory_format} n5c144h14w14k162r3s3 p1 bias"), ALGORITHMS[algorithm], step=5)
     check(parse(f"{memory_format} wnhwc n3c48h13w30k33r3s3 p1"), ALGORITHMS[algorithm], step=3)
+
+
+@pytest.mark.parametrize("memory_format", ["nchw", "nhwc"])
+def test_configurations_in_float64(memory_format: str) -> None:
+    """Whole numbers come out exactly, and the error is within twice PyTorch's."""
+    for text in ("n3c80h10w9k70r3s3 p1 bias", "wnhwc n1c48h7w30k33r3s3 p1"):
+        problem = parse(f"f64 {memory_format} {text}")
+        found = configurations(problem, F2)
+        for configuration in (found[0], found[-1]):
+            plan = winograd_weight.build_plan(problem, targets.target(), 2, configuration, "winograd")
+            failure = verify(plan)
+            assert not failure, failure
 
 
 @each_isa()
@@ -164,7 +177,6 @@ def test_refusals_name_their_reason() -> None:
 
     base = "n8c64h56w56k64r3s3 p1"
     assert "stride" in reason(base + " st2")
-    assert "float64" in reason(base + " f64")
     assert "channels" in reason("n8c8h56w56k64r3s3 p1")
     assert "direct convolution is predicted" in reason("n1c16h4w4k16r3s3 p1")
     with pytest.raises(dispatch.Unsupported, match="grad_weight only"):

@@ -1,4 +1,4 @@
-"""Winograd convolution in float32: forward and grad_input of square kernels with stride 1, forward with stride 2."""
+"""Winograd convolution: forward and grad_input of square kernels with stride 1, forward with stride 2."""
 
 from __future__ import annotations
 
@@ -27,11 +27,12 @@ from .winograd_input import strip_bytes, strip_groups, strip_table
 from .winograd_kernel import ARGUMENTS, LINE, WinogradKernel
 from .winograd_output import output_scratch_bytes
 from .winograd_tiling import WinogradConfig, candidates, choose_config, choose_kept, density, direct_cycles
-from .winograd_transform import ALGORITHMS, ERROR_LIMIT, Algorithm
+from .winograd_transform import ALGORITHMS, ERROR_LIMIT, Algorithm, sum_error
 
 __all__ = ["WINOGRAD", "Winograd", "build_plan", "refusal"]
 
 _SLACK = 1024
+_LEAST_CHANNELS = 16  # a vector of the widest target, of float32
 _Tables = dict[str, npt.NDArray[Any]]
 _REPRODUCIBLE_BATCH = 8  # the batch that the choice of algorithm is made for where it must not depend on the batch
 
@@ -42,8 +43,9 @@ def _error_bound(algorithm: Algorithm, channels: int, form: Form) -> float:
 
 
 def algorithms(problem: ConvProblem) -> tuple[Algorithm, ...]:
-    """Those for the problem's kernel and stride."""
-    return ALGORITHMS[Roles(problem).form.taps[0]]
+    """Those for the problem's kernel, stride and type: float64 keeps whole numbers exact, and its error that of a direct sum."""
+    found = ALGORITHMS[Roles(problem).form.taps[0]]
+    return tuple(a for a in found if a.exact) if problem.dtype == "f64" else found
 
 
 def _allowed(problem: ConvProblem) -> tuple[Algorithm, ...]:
@@ -54,19 +56,18 @@ def _allowed(problem: ConvProblem) -> tuple[Algorithm, ...]:
 
 def refusal(problem: ConvProblem, target: Target) -> str | None:
     """Why Winograd's algorithm does not apply, in any direction, or None."""
-    lanes = max(16, target.lanes("float"))
     roles = Roles(problem)
     reason = _form_refusal(problem)
     if reason is not None:
         return reason
     if problem.g != 1:
         return "one group only"
-    if problem.dtype == "f64":
-        return "not float64: the transforms' rounding is far above its own"
+    if not algorithms(problem):
+        return "not float64: this kernel's transforms round whole numbers"
     if problem.dtype != "f32" and roles.few:
         return "few channels in float32 only"
-    if min(problem.k if roles.forward and roles.few else problem.c, problem.k) < lanes:
-        return f"fewer than {lanes} channels: the transforms cost more than they save"
+    if min(problem.k if roles.forward and roles.few else problem.c, problem.k) < _LEAST_CHANNELS:
+        return f"fewer than {_LEAST_CHANNELS} channels: the transforms cost more than they save"
     if problem.direction == "grad_input" and problem.padding_mode != "zeros":
         return "grad_input in this padding mode is padded_grad_input's"
     if options.current().precision == "strict":
@@ -148,7 +149,7 @@ def build_plan(problem: ConvProblem, target: Target, threads: int, config: Winog
     values = _values(roles, config, layout, tables)
     facts = {
         "tile": f"{config.algorithm.m}x{config.algorithm.m}", "order": config.order, "block_tiles": config.tiles, "blocks": layout.blocks,
-        "predicted_cycles": config.cycles, "error_bound": _error_bound(config.algorithm, roles.source_channels, roles.form),
+        "predicted_cycles": config.cycles, "error_bound": sum_error(_error_bound(config.algorithm, roles.source_channels, roles.form), problem.dtype),
     }  # fmt: skip
     facts["products"] = round(layout.tiles * config.algorithm.n**2 * roles.virtual * density(roles.form, config.algorithm.n) * roles.out_channels)
     packing = Packing(ARGUMENTS, "filter_tasks", "tasks") if config.order == "tiles" else None
@@ -168,7 +169,7 @@ def _tables(roles: Roles, numeric: Numeric, algorithm: Algorithm, layout: _Layou
     out = out_tables(roles.out_size, roles.out_channels, starts, m, spread, nhwc, numeric.memory_bytes)
     return {
         "row_table": rows, "column_table": columns, "out_row_table": out[0], "out_column_table": out[1],
-        "strip_table": strip_table(m, numeric, roles.step[1], roles.groups[1], roles.form.stride), "zeros": np.zeros(zeros, np.float32),
+        "strip_table": strip_table(m, numeric, roles.step[1], roles.groups[1], roles.form.stride), "zeros": np.zeros(zeros * numeric.compute_bytes, np.uint8),
     }  # fmt: skip
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
+from ..codegen.numeric import Numeric
 from ..problem import DTYPES, ConvProblem
 from .target import Target
 from .tiling import split_count, step_cycles
@@ -115,9 +116,10 @@ def _even(total: int, size: int, threads: int, group: int = 1) -> int:
 
 def candidates(problem: ConvProblem, target: Target, threads: int, algorithm: Algorithm) -> Iterator[WinogradConfig]:
     """Configurations worth a prediction."""
-    roles = Roles(problem)
-    lanes = target.lanes("float")
+    roles, numeric = Roles(problem), Numeric(problem.dtype, target)
+    lanes = numeric.lanes
     tiles, points = _tile_count(roles, algorithm), algorithm.n**2
+    channel = points * numeric.compute_bytes
     total_vectors = -(-roles.out_channels // lanes)
     most = 4 if target.registers > 16 else 3
     source = roles.source_channels
@@ -132,7 +134,7 @@ def candidates(problem: ConvProblem, target: Target, threads: int, algorithm: Al
             continue
         width = vectors * lanes
         rows = gemm_rows(target.registers, vectors)
-        sizes = {target.l2 * 3 // 5 // (points * 4 * (virtual + 16 + width)), target.l2 * 3 // 5 // (points * 4 * width) * 4 // 5}
+        sizes = {target.l2 * 3 // 5 // (channel * (virtual + 16 + width)), target.l2 * 3 // 5 // (channel * width) * 4 // 5}
         panels = -(-total_vectors // vectors)
         if roles.by_pieces:
             yield from _by_pieces(problem, target, threads, WinogradConfig(algorithm, "tiles", 0, rows, vectors, 1, chunk, piece, 4), tiles, panels)
@@ -143,7 +145,7 @@ def candidates(problem: ConvProblem, target: Target, threads: int, algorithm: Al
                 yield replace(base, cycles=predict(problem, target, threads, base))
         if roles.few:
             continue
-        fitting = max(rows, target.l2 * 3 // 5 // (points * 4 * width))
+        fitting = max(rows, target.l2 * 3 // 5 // (channel * width))
         for size in sorted({min(tiles, fitting), min(tiles, 2 * fitting)}):
             block = _even(tiles, size, 1, group)
             base = WinogradConfig(algorithm, "filters", block, rows, vectors, 1, chunk, chunk, group * max(1, min(4, block) // group))
@@ -152,9 +154,10 @@ def candidates(problem: ConvProblem, target: Target, threads: int, algorithm: Al
 
 def _by_pieces(problem: ConvProblem, target: Target, threads: int, base: WinogradConfig, tiles: int, panels: int) -> Iterator[WinogradConfig]:
     """Order ``tiles`` with pieces of the reduction outside: blocks such that one piece of V and the share's M fit the second-level cache."""
-    points, width, virtual = base.algorithm.n**2, base.vectors * target.lanes("float"), base.chunk * len(Roles(problem).form.components)
+    numeric, virtual = Numeric(problem.dtype, target), base.chunk * len(Roles(problem).form.components)
+    channel, width = base.algorithm.n**2 * numeric.compute_bytes, base.vectors * numeric.lanes
     for shares in sorted({1, -(-panels // 4), -(-panels // 2), panels}):
-        fitting = target.l2 * 7 // 10 // (points * 4 * (virtual + 16 + width * -(-panels // shares)))
+        fitting = target.l2 * 7 // 10 // (channel * (virtual + 16 + width * -(-panels // shares)))
         for size in {min(tiles, max(base.rows, fitting)), min(tiles, max(base.rows, fitting // base.rows * base.rows))}:
             config = replace(base, tiles=_even(tiles, size, threads if shares == 1 else 1), shares=shares)
             yield replace(config, cycles=predict(problem, target, threads, config))
@@ -168,7 +171,8 @@ def predict(problem: ConvProblem, target: Target, threads: int, config: Winograd
     roles, algorithm, rates = Roles(problem), config.algorithm, target.rates
     near_bytes, read_bytes, write_bytes = _NEAR_BYTES * rates.near, _READ_BYTES * rates.far, _WRITE_BYTES * rates.far
     memory_bytes, stream_bytes = _MEMORY_BYTES * rates.memory, _STREAM_BYTES * rates.memory
-    lanes, points = target.lanes("float"), algorithm.n**2
+    numeric, points = Numeric(problem.dtype, target), algorithm.n**2
+    lanes = numeric.lanes
     source, out = -(-roles.source_channels // lanes) * len(roles.form.components), -(-roles.out_channels // lanes)
     if roles.few:
         source = -(-roles.virtual // lanes)
@@ -195,8 +199,8 @@ def predict(problem: ConvProblem, target: Target, threads: int, config: Winograd
     line = algorithm.m**2 * target.vector_bytes / 16.0  # pixels come from the outer caches
     load = source * (points * _TRANSFORM_CYCLES["input"] + transpose + line)
     store = out * (points * _TRANSFORM_CYCLES["output"] + unpack + line)
-    filters = depth * out * points * _TRANSFORM_CYCLES["filter"] * (1.0 if problem.dtype == "f32" else _CONVERTED_FILTERS)
-    filters += roles.source_channels * roles.out_channels * problem.r * problem.s * 4 / write_bytes
+    filters = depth * out * points * _TRANSFORM_CYCLES["filter"] * (_CONVERTED_FILTERS if numeric.converts else 1.0)
+    filters += roles.source_channels * roles.out_channels * problem.r * problem.s * numeric.compute_bytes / write_bytes
     u = points * depth * out * target.vector_bytes
     v = config.tiles * points * source * target.vector_bytes
     m = config.tiles * points * config.vectors * target.vector_bytes

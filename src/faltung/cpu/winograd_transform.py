@@ -11,6 +11,8 @@ Convolutional Neural Networks", 2015).  With finite points ``p_j`` and the point
 With six points F(4x4, 3x3), F(5x5, 2x2), F(3x3, 4x4) and F(2x2, 5x5) share ``B^T``.  They use the points 0, +-3/4, +-3/2: half the error of the usual
 0, +-1, +-2, since the largest entries of all three matrices are smaller, at the same number of operations; every coefficient of ``B^T`` and ``A^T`` is
 exact in float32.
+
+The points 0, +-1 and infinity need no product but those with 1/2 and 1/4: whole numbers stay exact, and the error is that of sums.  float64 takes no others.
 """
 
 from __future__ import annotations
@@ -27,15 +29,16 @@ from ..codegen.emit import Function, Value
 
 __all__ = [
     "ALGORITHMS", "ERROR_LIMIT", "F2", "F4", "Algorithm", "Transform1d", "emit_filter_1d", "emit_input_1d", "emit_lift_1d", "emit_output_1d", "emit_reduce_1d",
-    "reduction_piece", "transform_2d",
+    "reduction_piece", "sum_error", "transform_2d",
 ]  # fmt: skip
 
 T = TypeVar("T", Value, "Value | None")
 Transform1d = Callable[[Function, "Algorithm", Sequence[T], bool], list[T]]
 Matrix = tuple[tuple[Fraction, ...], ...]
 ERROR_LIMIT = 1e-5
-"""The largest :meth:`Algorithm.error_bound` at which an algorithm is used."""
+"""The largest :meth:`Algorithm.error_bound` at which an algorithm is used, for sums in float32."""
 _UNIT = 2.0**-24  # largest relative error of one rounding to float32
+_DOUBLE = 2.0**-29  # that of float64, in units of it
 _SAFETY = 3.0
 Components = tuple[tuple[bool, bool], ...]
 """Parts of a filter that are summed up: whether each lacks the last row, and the last column, of its taps."""
@@ -64,6 +67,11 @@ class Algorithm:
         """0, a, -a, b, -b, ..."""
         return (Fraction(0), *(sign * p for p in self.pairs for sign in (1, -1)))
 
+    @property
+    def exact(self) -> bool:
+        """Whether all entries of the matrices are sums of few powers of two, so that whole numbers stay exact."""
+        return all(p == 1 for p in self.pairs)
+
     @cached_property
     def input_matrix(self) -> Matrix:
         """``B^T``, n x n."""
@@ -91,7 +99,7 @@ class Algorithm:
         return value
 
     def error_bound(self, channels: int, components: Components = WHOLE) -> float:
-        """Bound on the relative L2 error of an output for operands of independent entries, reduced over ``channels`` channels in ``components``.
+        """Bound on the relative L2 error of an output for operands of independent entries, reduced over ``channels`` channels in ``components``, in float32.
 
         Rounding errors are taken as independent, of variance ``u^2 / 3`` relative to what is rounded (Higham and Mary, 2019).  With
         unit-variance operands the entry (i, j) of V has the variance ``b_i b_j`` (squared row norms of ``B^T``), that of U ``g_i g_j``, where a component
@@ -149,6 +157,11 @@ ALGORITHMS = {2: (Algorithm(5, 2, _SIX), Algorithm(3, 2, _FOUR)), 3: (F4, F2), 4
 """Algorithms by their taps, the one with more points first."""
 
 
+def sum_error(bound: float, dtype: str) -> float:
+    """The bound for sums in the type that ``dtype`` is computed in, from that for float32."""
+    return bound * _DOUBLE if dtype == "f64" else bound
+
+
 def _row_norms(matrix: Matrix) -> tuple[list[float], list[float]]:
     """Squared norms of the rows, and the squared sums of their magnitudes relative to these."""
     squares = [float(sum(x * x for x in row)) for row in matrix]
@@ -178,8 +191,8 @@ def _even_product(pairs: tuple[Fraction, ...]) -> tuple[Fraction, ...]:
 
 
 def _constant(f: Function, number: Fraction, type_: str) -> Value:
-    """The float32 nearest to ``number``."""
-    return f.constant(struct.unpack("f", struct.pack("f", float(number)))[0], type_)
+    """The number of the type's elements nearest to ``number``."""
+    return f.constant(float(number) if "double" in type_ else struct.unpack("f", struct.pack("f", float(number)))[0], type_)
 
 
 def _horner(f: Function, terms: Sequence[tuple[Fraction, Value]], fused: bool) -> Value:

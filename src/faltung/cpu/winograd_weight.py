@@ -1,4 +1,4 @@
-"""Winograd's algorithm for the weight's gradient (and the bias's), 3x3 with stride 1 in float32."""
+"""Winograd's algorithm for the weight's gradient (and the bias's), 3x3 with stride 1."""
 
 from __future__ import annotations
 
@@ -18,14 +18,13 @@ from .winograd import refusal
 from .winograd_form import Reads, tile_starts
 from .winograd_input import strip_bytes
 from .winograd_kernel import LINE
-from .winograd_transform import ERROR_LIMIT
+from .winograd_transform import ERROR_LIMIT, sum_error
 from .winograd_weight_kernel import ARGUMENTS, WinogradWeightKernel
 from .winograd_weight_tiling import WinogradWeightConfig, choose_config, direct_cycles, tile_counts
 
 __all__ = ["WINOGRAD_WEIGHT", "WinogradWeight", "build_plan"]
 
 _SLACK = 1024
-_SIZE = 4  # bytes of an element
 
 
 class _Layout:
@@ -33,18 +32,19 @@ class _Layout:
 
     def __init__(self, problem: ConvProblem, numeric: Numeric, config: WinogradWeightConfig, threads: int) -> None:
         points, lanes = config.algorithm.n**2, numeric.lanes
-        vector = lanes * _SIZE
+        size = numeric.compute_bytes
+        vector = lanes * size
         self.tiles_p, self.tiles_q = tile_counts(problem, config.algorithm)
         self.tiles = problem.n * self.tiles_p * self.tiles_q
         self.k_most = -(-(problem.k // lanes) // config.k_blocks) * lanes + problem.k % lanes
-        self.v_pitch = align(min(problem.c, config.block_panels * config.vectors * lanes) * _SIZE) + LINE
-        self.w_pitch = align(self.k_most * _SIZE) + LINE
+        self.v_pitch = align(min(problem.c, config.block_panels * config.vectors * lanes) * size) + LINE
+        self.w_pitch = align(self.k_most * size) + LINE
         self.v_point, self.w_point = odd_lines(config.block_tiles * self.v_pitch), odd_lines(config.block_tiles * self.w_pitch)
         self.s_point = odd_lines((self.k_most + config.rows) * config.vectors * vector)
         self.s_panel = points * self.s_point
         v, w, s = points * self.v_point + _SLACK, points * self.w_point + _SLACK, config.block_panels * self.s_panel + _SLACK
-        self.sum_pitch = align(problem.k * _SIZE) + vector + LINE
-        self.partial_tap = align(problem.c * _SIZE) + LINE
+        self.sum_pitch = align(problem.k * size) + vector + LINE
+        self.partial_tap = align(problem.c * size) + LINE
         self.partial_k = 9 * self.partial_tap
         self.partial_part = problem.k * self.partial_k
         self.partial_at = align(config.parts * self.sum_pitch, PAGE)
@@ -66,7 +66,7 @@ def build_plan(problem: ConvProblem, target: Target, threads: int, config: Winog
         problem.epilogue.bias,
     )  # fmt: skip
     layout = _Layout(problem, numeric, config, threads)
-    zeros = np.zeros(max(problem.c, problem.k) + 64, np.float32)
+    zeros = np.zeros((max(problem.c, problem.k) + 64) * numeric.compute_bytes, np.uint8)
     left, _, top, _ = problem.padding
     m = config.algorithm.m
     nhwc = problem.format == "nhwc"
@@ -79,7 +79,7 @@ def build_plan(problem: ConvProblem, target: Target, threads: int, config: Winog
     values |= {"zeros": zeros.ctypes.data}
     facts = {
         "tile": f"{m}x{m}", "parts": config.parts, "block_tiles": config.block_tiles, "blocks": config.k_blocks * config.c_blocks,
-        "predicted_cycles": config.cycles / threads, "error_bound": config.error_bound,
+        "predicted_cycles": config.cycles / threads, "error_bound": sum_error(config.error_bound, problem.dtype),
         "products": layout.tiles * config.algorithm.n**2 * problem.c * problem.k,
     }  # fmt: skip
     tables = (*image, *gradient, zeros)

@@ -98,7 +98,7 @@ class _Builder(Panels):
     def __init__(self, kernel: WinogradWeightKernel, module: Module) -> None:
         self.kernel, self.module = kernel, module
         self.numeric = numeric = Numeric(kernel.dtype, kernel.target)
-        partial = Numeric("f32", kernel.target)
+        partial = Numeric("f64" if kernel.dtype == "f64" else "f32", kernel.target)
         self.algorithm = F4 if kernel.m == 4 else F2
         self.points = self.algorithm.n**2
         self.input = emit_input(module, ARGUMENTS, numeric, self.algorithm, kernel.format)

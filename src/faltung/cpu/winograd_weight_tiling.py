@@ -66,14 +66,16 @@ def tile_counts(problem: ConvProblem, algorithm: Algorithm) -> tuple[int, int]:
 
 @lru_cache(maxsize=1024)
 def choose_config(problem: ConvProblem, target: Target) -> WinogradWeightConfig | None:
-    """The configuration predicted to be fastest over several numbers of threads, of those within the error limit."""
-    found = [config for algorithm in (F4, F2) for config in candidates(problem, target, algorithm)]
+    """The configuration predicted to be fastest over several numbers of threads, of those within the error limit; float64 takes exact algorithms only."""
+    allowed = [algorithm for algorithm in (F4, F2) if algorithm.exact or problem.dtype != "f64"]
+    found = [config for algorithm in allowed for config in candidates(problem, target, algorithm)]
     return next((config for config in sorted(found, key=lambda c: c.score) if config.error_bound <= ERROR_LIMIT), None)
 
 
 def candidates(problem: ConvProblem, target: Target, algorithm: Algorithm) -> Iterator[WinogradWeightConfig]:
     """Configurations worth a prediction."""
-    lanes = target.lanes("float")
+    numeric = Numeric(problem.dtype, target)
+    lanes = numeric.lanes
     across, k_vectors = -(-problem.c // lanes), problem.k // lanes
     vectors = panel_vectors(across, 4 if target.registers >= 32 else 3, problem.c % lanes != 0)
     panels, rows = -(-across // vectors), gemm_rows(target.registers, vectors)
@@ -87,7 +89,7 @@ def candidates(problem: ConvProblem, target: Target, algorithm: Algorithm) -> It
             if block_panels * vectors * target.vector_bytes * algorithm.n**2 * -(-problem.k // k_blocks) > _SUM_BYTES:
                 continue
             for parts in {max(1, tasks // (c_blocks * k_blocks)) for tasks in (1, 4, 8, 16, 24)}:
-                if parts > 1 and (parts * problem.c * problem.k * 36 > _PARTIAL_BYTES or tiles < 8 * parts):
+                if parts > 1 and (parts * problem.c * problem.k * 9 * numeric.compute_bytes > _PARTIAL_BYTES or tiles < 8 * parts):
                     continue
                 for size in (14, 28, 56):
                     part = -(-tiles // parts)
@@ -103,7 +105,8 @@ def candidates(problem: ConvProblem, target: Target, algorithm: Algorithm) -> It
 
 def predicted(problem: ConvProblem, target: Target, config: WinogradWeightConfig) -> WinogradWeightConfig:
     """The configuration with its cost."""
-    lanes, points, size = target.lanes("float"), config.algorithm.n**2, target.vector_bytes
+    numeric, points, size = Numeric(problem.dtype, target), config.algorithm.n**2, target.vector_bytes
+    lanes = numeric.lanes
     slow = 1.0 if target.fma else 1.5
     tiles = math.prod(tile_counts(problem, config.algorithm)) * problem.n
     c_vectors, k_rows = -(-problem.c // lanes) / config.c_blocks, problem.k / config.k_blocks
@@ -125,7 +128,7 @@ def predicted(problem: ConvProblem, target: Target, config: WinogradWeightConfig
     after = 0.0
     if config.parts > 1:
         reduce += sums / 4 / _WRITE_BYTES
-        after = config.parts * problem.c * problem.k * 36 / _WRITE_BYTES
+        after = config.parts * problem.c * problem.k * 9 * numeric.compute_bytes / _WRITE_BYTES
     tasks, task = config.c_blocks * config.k_blocks * config.parts, transforms + products + reduce + _TASK_CYCLES
     waves = (tasks / t if tasks >= 16 * t else -(-tasks // t) for t in _THREADS)
     score = sum(after + t * count * task for t, count in zip(_THREADS, waves))
@@ -134,6 +137,7 @@ def predicted(problem: ConvProblem, target: Target, config: WinogradWeightConfig
 
 def direct_cycles(problem: ConvProblem, target: Target) -> float:
     """Cycles of direct convolution on one thread: products, slower with few vectors of output channels, and the way of its sums through memory."""
-    vectors, numeric = -(-problem.k // target.lanes("float")), Numeric(problem.dtype, target)
+    numeric = Numeric(problem.dtype, target)
+    vectors = -(-problem.k // numeric.lanes)
     products = numeric.elements(problem.n * problem.p * problem.q) / 2 / (_DIRECT_EFFICIENCY * (1 - 0.25 / vectors))
     return 9 * problem.c * vectors * (products + _DIRECT_WEIGHT_CYCLES)
