@@ -26,7 +26,8 @@ def _winograd(p: ConvProblem) -> bool:
     if p.stride == (1, 1):
         return p.r == p.s and 2 <= p.r <= most and max(p.dilation) <= 64 and p.c >= 16
     square = (p.r + 1) // 2 == (p.s + 1) // 2 and 3 <= p.r <= 2 * most
-    return (p.direction, p.stride, p.dilation) == ("forward", (2, 2), (1, 1)) and square and (p.c >= 16 or (p.c <= 4 and p.dtype == "f32"))
+    few = p.direction == "forward" and p.c <= 4 and p.dtype == "f32"
+    return (p.stride, p.dilation) == ((2, 2), (1, 1)) and square and (p.c >= 16 or few)
 
 
 def _planes(p: ConvProblem) -> bool:

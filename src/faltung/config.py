@@ -28,7 +28,8 @@ _tokens: dict[tuple[Any, ...], int] = {}
 class Options:
     """Every option with its start value.
 
-    precision: ``strict`` allows direct algorithms only; ``default`` also Winograd in float32, within its stated bound.
+    precision: ``strict`` allows direct algorithms only; ``default`` also Winograd's, within its stated bound; in float64 with transforms that keep whole
+        numbers exact.
     reproducible: the same bits for any number of threads and any batch size.
     autotune: on a CPU, measure a problem's implementations in its first call and keep the fastest on disk; not where results must be reproducible.
     implementation: the name of the only implementation allowed, or None for the ordered list.

@@ -209,7 +209,7 @@ def _refusal(problem: ConvProblem, target: Target) -> str | None:
 def _rival(problem: ConvProblem, target: Target) -> float:
     """The cycles that the best of the kernels on vectors is predicted to take on one core."""
     direct = predicted_cycles(problem, target, choose_direct(problem, target))
-    if refusal(problem, target) is not None:
+    if refusal(problem) is not None:
         return direct
     winograd = choose_winograd(problem, target)
     return direct if winograd is None else min(direct, winograd.cycles)

@@ -1,4 +1,4 @@
-"""Winograd convolution: forward and grad_input of square kernels with stride 1, forward with stride 2."""
+"""Winograd convolution: forward and grad_input of square kernels with stride 1 or 2."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ _REPRODUCIBLE_BATCH = 8  # the batch that the choice of algorithm is made for wh
 
 @lru_cache(maxsize=1024)
 def _error_bound(algorithm: Algorithm, channels: int, form: Form) -> float:
-    return algorithm.error_bound(channels, form.short)
+    """Of the phase that errs most, where there are several."""
+    return max(algorithm.error_bound(channels, (short,)) for short in form.short) if form.phased else algorithm.error_bound(channels, form.short)
 
 
 def algorithms(problem: ConvProblem) -> tuple[Algorithm, ...]:
@@ -54,7 +55,7 @@ def _allowed(problem: ConvProblem) -> tuple[Algorithm, ...]:
     return tuple(a for a in algorithms(problem) if _error_bound(a, roles.source_channels, roles.form) <= ERROR_LIMIT)
 
 
-def refusal(problem: ConvProblem, target: Target) -> str | None:
+def refusal(problem: ConvProblem) -> str | None:
     """Why Winograd's algorithm does not apply, in any direction, or None."""
     roles = Roles(problem)
     reason = _form_refusal(problem)
@@ -82,8 +83,8 @@ def _form_refusal(problem: ConvProblem) -> str | None:
     taps = Roles(problem).form.taps
     if problem.direction == "grad_weight" and ((problem.r, problem.s) != (3, 3) or problem.stride != (1, 1) or problem.dilation != (1, 1)):
         return "the weight's gradient for 3x3 kernels with stride 1 and dilation 1 only"
-    if problem.stride not in ((1, 1), (2, 2)) or (problem.stride == (2, 2) and (problem.direction != "forward" or problem.dilation != (1, 1))):
-        return "stride 1, or forward with stride 2 and dilation 1, only"
+    if problem.stride not in ((1, 1), (2, 2)) or (problem.stride == (2, 2) and problem.dilation != (1, 1)):
+        return "stride 1, or 2 with dilation 1, only"
     if taps[0] != taps[1] or taps[0] not in ALGORITHMS:
         return "square kernels of 2 to 5 rows, of 3 to 10 with stride 2, only"
     if max(problem.dilation) > MOST_SPREAD:
@@ -98,7 +99,7 @@ class _Layout:
         algorithm = config.algorithm
         points, size, vector = algorithm.n**2, numeric.compute_bytes, numeric.lanes * numeric.compute_bytes
         source, out, form = roles.source_channels, roles.out_channels, roles.form
-        components = len(form.components)
+        components, phases = len(form.components), len(form.phases)
         self.tiles_p, self.tiles_q = roles.grid(algorithm.m)
         self.tiles = roles.problem.n * self.tiles_p * self.tiles_q
         self.blocks = -(-self.tiles // config.tiles)
@@ -115,13 +116,15 @@ class _Layout:
         self.m_panel = points * self.m_point
         tiles_first = config.order == "tiles"
         v = points * self.v_point + _SLACK
-        m = self.m_panel * (-(-self.panels // config.shares) if by_pieces else 1)
+        m = self.m_panel * (-(-self.panels // config.shares) if by_pieces else phases)
         u_piece = points * (longest * config.vectors * vector + LINE)
-        u = points * (roles.virtual * out_vectors * vector + self.panels * LINE) + _SLACK
+        u = points * (roles.virtual * out_vectors * vector + self.panels * LINE)
+        self.u_phase = odd_lines(u if tiles_first else u_piece)
+        u_piece, u = (phases - 1) * self.u_phase + u_piece, (phases - 1) * self.u_phase + u + _SLACK
         nchw = roles.problem.format == "nchw"
         strip = max(
-            few_strip_bytes(algorithm, numeric) if roles.few else strip_bytes(algorithm, numeric, roles.step[1], roles.groups[1], form.stride) * nchw,
-            output_scratch_bytes(algorithm, numeric, config.vectors, roles.problem.format, roles.spread[1], roles.groups[1]),
+            few_strip_bytes(algorithm, numeric) if roles.few else strip_bytes(algorithm, numeric, roles.step[1], roles.groups[1], form.step) * nchw,
+            output_scratch_bytes(algorithm, numeric, config.vectors, roles.problem.format, 2 if form.phased else roles.spread[1], roles.groups[1]),
             filter_scratch_bytes(numeric, form),
         )
         self.m_at = align(v if tiles_first else u_piece + _SLACK) + 5 * LINE
@@ -151,7 +154,8 @@ def build_plan(problem: ConvProblem, target: Target, threads: int, config: Winog
         "tile": f"{config.algorithm.m}x{config.algorithm.m}", "order": config.order, "block_tiles": config.tiles, "blocks": layout.blocks,
         "predicted_cycles": config.cycles, "error_bound": sum_error(_error_bound(config.algorithm, roles.source_channels, roles.form), problem.dtype),
     }  # fmt: skip
-    facts["products"] = round(layout.tiles * config.algorithm.n**2 * roles.virtual * density(roles.form, config.algorithm.n) * roles.out_channels)
+    points = config.algorithm.n**2 * density(roles.form, config.algorithm.n) * len(roles.form.parts)
+    facts["products"] = round(layout.tiles * points * roles.source_channels * roles.out_channels)
     packing = Packing(ARGUMENTS, "filter_tasks", "tasks") if config.order == "tiles" else None
     block = ARGUMENTS.pack(threads, values)
     return CpuPlan(problem, name, load(kernel.name, target, kernel.emit), block, list(tables.values()), layout.workspace, facts, packing)
@@ -159,17 +163,17 @@ def build_plan(problem: ConvProblem, target: Target, threads: int, config: Winog
 
 def _tables(roles: Roles, numeric: Numeric, algorithm: Algorithm, layout: _Layout) -> _Tables:
     """The arguments that are addresses of tables."""
-    nhwc, spread, m = roles.problem.format == "nhwc", roles.spread, algorithm.m
+    nhwc, spread, m, step = roles.problem.format == "nhwc", roles.spread, algorithm.m, roles.form.step
     starts = tile_starts(layout.tiles_p, m, spread[0], roles.groups[0]), tile_starts(layout.tiles_q, m, spread[1], roles.groups[1])
-    reads = Reads(roles.source_size, roles.source_channels, algorithm.n, roles.before, roles.padding_mode, roles.step, roles.form.stride, numeric.memory_bytes)
+    reads = Reads(roles.source_size, roles.source_channels, algorithm.n, roles.before, roles.padding_mode, roles.step, step, numeric.memory_bytes)
     rows, columns = reads.tables(starts, nhwc)
     if roles.few:
         columns = reads.positions(starts[1], numeric.memory_bytes * (roles.source_channels if nhwc else 1))
     zeros = max(roles.source_channels, roles.out_channels, roles.source_size[1] * roles.source_channels if roles.few else 0) + 64
-    out = out_tables(roles.out_size, roles.out_channels, starts, m, spread, nhwc, numeric.memory_bytes)
+    out = out_tables(roles, starts, m, numeric.memory_bytes)
     return {
         "row_table": rows, "column_table": columns, "out_row_table": out[0], "out_column_table": out[1],
-        "strip_table": strip_table(m, numeric, roles.step[1], roles.groups[1], roles.form.stride), "zeros": np.zeros(zeros * numeric.compute_bytes, np.uint8),
+        "strip_table": strip_table(m, numeric, roles.step[1], roles.groups[1], step), "zeros": np.zeros(zeros * numeric.compute_bytes, np.uint8),
     }  # fmt: skip
 
 
@@ -193,7 +197,7 @@ def _values(roles: Roles, config: WinogradConfig, layout: _Layout, tables: _Tabl
     return {
         "tiles_p": layout.tiles_p, "tiles_q": layout.tiles_q, "source_channels": source, "source_image": source * height * width * size,
         "source_channel": height * width * size, "source_width": width, "column_before": roles.before[1],
-        "column_group": group, "column_spread": roles.step[1], "strip_tiles": strip_groups(group, form.stride) * group,
+        "column_group": group, "column_spread": roles.step[1], "strip_tiles": strip_groups(group, form.step) * group,
         **{name: table.ctypes.data for name, table in tables.items()},
         "out_width": out_width, "out_image": out * plane, "out_channel": size if nhwc else plane,
         "filter_tasks": layout.panels * layout.pieces, "input_tasks": layout.blocks * input_pieces,
@@ -202,6 +206,7 @@ def _values(roles: Roles, config: WinogradConfig, layout: _Layout, tables: _Tabl
         "wide_panels": layout.wide_panels, "out_channels": out, "reduced_pieces": layout.pieces, "reduced_piece": config.piece,
         "chunk": config.chunk * len(form.components),
         "reduced_pitch": c_pitch if roles.forward else k_pitch, "lane_pitch": k_pitch if roles.forward else c_pitch, "tap_pitch": tap_pitch,
+        "out_column": roles.phase_shift[1] - 1, "m_phase": layout.m_panel, "u_phase": layout.u_phase,
         "has_bias": int(problem.epilogue.bias and roles.forward), "v_point": layout.v_point, "v_pitch": layout.v_pitch, "v_block": layout.v_block,
         "m_point": layout.m_point, "m_panel": layout.m_panel, "u_at": 0, "v_at": 0, "scratch_at": layout.scratch_at, "scratch_size": layout.scratch_size,
         "m_at": layout.m_at, "strip_at": layout.strip_at,
@@ -225,7 +230,7 @@ class Winograd:
     def plan(self, problem: ConvProblem, threads: int, config: WinogradConfig | None = None) -> CpuPlan:
         """A plan for forward or grad_input; raises :class:`Unsupported` where the algorithm does not apply or direct convolution is predicted faster."""
         target = targets.target()
-        reason = "forward and grad_input only" if problem.direction == "grad_weight" else refusal(problem, target)
+        reason = "forward and grad_input only" if problem.direction == "grad_weight" else refusal(problem)
         if reason is not None:
             raise Unsupported(reason)
         allowed = _allowed(problem)

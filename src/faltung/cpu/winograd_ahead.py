@@ -40,7 +40,7 @@ def emit_touch(module: Module, arguments: ArgumentBlock, algorithm: Algorithm, f
             for place in places:  # those outside lie a byte before the image
                 f.loop(0, f["width"], _LINE, partial(ask, start + place))
 
-        for down, right in form.components if source else ((0, 0),):
+        for down, right in form.components if source else form.phases:
             places = [f.load_index(columns, (q + tiles_q * right) * wide + first + j) for j in range(m)]
             row_places = rows + ((row % tiles_p + tiles_p * down) * wide + first) * 8
             f.loop(0, m, 1, partial(line, row_places, places))

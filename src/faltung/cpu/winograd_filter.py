@@ -14,7 +14,7 @@ from .winograd_transform import Algorithm, emit_filter_1d, transform_2d
 
 __all__ = ["FILTER_PARAMETERS", "emit_filter", "filter_scratch_bytes"]
 
-FILTER_PARAMETERS = ("weight", "u", "scratch", "count", "valid", "reduced_pitch", "lane_pitch", "tap_pitch", "u_point", "u_channel")
+FILTER_PARAMETERS = ("weight", "u", "scratch", "count", "valid", "reduced_pitch", "lane_pitch", "tap_pitch", "u_point", "u_channel", "u_phase")
 
 
 def filter_scratch_bytes(numeric: Numeric, form: Form) -> int:
@@ -23,10 +23,10 @@ def filter_scratch_bytes(numeric: Numeric, form: Form) -> int:
 
 
 def emit_filter(module: Module, numeric: Numeric, algorithm: Algorithm, form: Form, flipped: bool, weight_format: str, few: int = 0) -> Function:
-    """``filter(weight, u, scratch, count, valid, reduced_pitch, lane_pitch, tap_pitch, u_point, u_channel)``.
+    """``filter(weight, u, scratch, count, valid, reduced_pitch, lane_pitch, tap_pitch, u_point, u_channel, u_phase)``.
 
     ``count`` reduced channels (at least one vector) of ``valid`` output channels (at least one vector) from ``weight`` on.  Byte pitches of
-    the weight: from one reduced channel to the next, from one output channel to the next, from tap to tap; of U: points, reduced channels.
+    the weight: from one reduced channel to the next, from one output channel to the next, from tap to tap; of U: points, reduced channels, phases.
     ``flipped`` (grad_input): reduced are the weight's first channels, and the taps are turned by 180 degrees.  ``few``: there are so few reduced channels,
     less than a vector.  The rows of a component follow those of the one before it::
 
@@ -46,9 +46,10 @@ def emit_filter(module: Module, numeric: Numeric, algorithm: Algorithm, form: Fo
             place = every - 1 - index if flipped else index
             return f.load(source + place * (tap_pitch * lanes * size), numeric.vector)
 
-        for number, component in enumerate(form.components):
-            place = target + f["count"] * f["u_channel"] * number if number else target
-            taps = [[None if (t := form.tap(component, i, j)) is None else tap(t) for i in range(algorithm.taps)] for j in range(algorithm.taps)]
+        part_pitch = f["u_phase"] if form.phased else f["count"] * f["u_channel"]
+        for number, part in enumerate(form.parts):
+            place = target + part_pitch * number if number else target
+            taps = [[None if (t := form.tap(part, i, j)) is None else tap(t) for i in range(algorithm.taps)] for j in range(algorithm.taps)]
             _transform(f, numeric, algorithm, form, number, taps, place)
 
     def out_block(k: Value) -> None:
@@ -76,13 +77,12 @@ def emit_filter(module: Module, numeric: Numeric, algorithm: Algorithm, form: Fo
 
 
 def _transform(f: Function, numeric: Numeric, algorithm: Algorithm, form: Form, number: int, columns: Sequence[Sequence[Value | None]], target: Value) -> None:
-    """One component of a vector of filters; its zeros are stored where the products do not leave them out."""
+    """One part of a vector of filters; its zeros are stored where the products do not leave them out."""
     last = algorithm.n - 1
     for i, row in enumerate(transform_2d(f, emit_filter_1d, algorithm, columns, numeric.target.fma)):
         base = target + f["u_point"] * (i * algorithm.n)
         for j, value in enumerate(row):
-            first, stop = form.active(i == last, j == last)
-            if first <= number < stop:
+            if form.used(number, i == last, j == last):
                 f.store(f.zero(numeric.vector) if value is None else value, base + f["u_point"] * j)
 
 

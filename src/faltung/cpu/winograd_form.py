@@ -29,15 +29,17 @@ Table = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Form:
-    """A kernel of r x s taps as a sum of components, correlations with stride 1 and the same number of taps in rows and columns.
+    """A kernel of r x s taps in parts, correlations with stride 1 and the same number of taps in rows and columns.
 
-    With stride 2 the tap ``(2 i + a, 2 j + b)`` is the tap (i, j) of the component (a, b), which reads every second row and column from ``a`` and ``b`` on;
-    taps beyond the kernel are zero.  The components' channels lie side by side: *virtual* channels of one algorithm.
+    With stride 2 the tap ``(2 i + a, 2 j + b)`` is the tap (i, j) of the part (a, b); taps beyond the kernel are zero.  Forward the parts are *components* of
+    a sum: (a, b) reads every second row and column from ``a`` and ``b`` on, and the components' channels lie side by side, *virtual* channels of one
+    algorithm.  In grad_input (``phased``) they are *phases*: all read the same, and each writes every second row and column.
     """
 
     r: int
     s: int
     stride: int = 1
+    phased: bool = False
 
     @property
     def taps(self) -> tuple[int, int]:
@@ -45,24 +47,44 @@ class Form:
         return -(-self.r // self.stride), -(-self.s // self.stride)
 
     @property
-    def components(self) -> tuple[tuple[int, int], ...]:
-        """The order makes those that are needed at a point neighbours: at infinity a component without the last tap is zero."""
+    def parts(self) -> tuple[tuple[int, int], ...]:
+        """The order makes those that are needed at a point neighbours: at infinity a part without the last tap is zero."""
         return ((0, 0),) if self.stride == 1 else ((1, 0), (0, 0), (0, 1), (1, 1))
 
-    def tap(self, component: tuple[int, int], i: int, j: int) -> int | None:
-        """Index of a component's tap in the kernel, row by row."""
-        row, column = self.stride * i + component[0], self.stride * j + component[1]
+    @property
+    def components(self) -> tuple[tuple[int, int], ...]:
+        """The parts that are summed up."""
+        return ((0, 0),) if self.phased else self.parts
+
+    @property
+    def phases(self) -> tuple[tuple[int, int], ...]:
+        """The parts that are results of their own."""
+        return self.parts if self.phased else ((0, 0),)
+
+    @property
+    def step(self) -> int:
+        """Rows and columns of the source from one output of a tile to the next."""
+        return 1 if self.phased else self.stride
+
+    def tap(self, part: tuple[int, int], i: int, j: int) -> int | None:
+        """Index of a part's tap in the kernel, row by row."""
+        row, column = self.stride * i + part[0], self.stride * j + part[1]
         return row * self.s + column if row < self.r and column < self.s else None
 
     @property
     def short(self) -> tuple[tuple[bool, bool], ...]:
-        """For each component whether it lacks the last row, and the last column, of taps."""
+        """For each part whether it lacks the last row, and the last column, of taps."""
         rows, columns = self.taps
-        return tuple((self.stride * (rows - 1) + a >= self.r, self.stride * (columns - 1) + b >= self.s) for a, b in self.components)
+        return tuple((self.stride * (rows - 1) + a >= self.r, self.stride * (columns - 1) + b >= self.s) for a, b in self.parts)
+
+    def used(self, part: int, last_row: bool, last_column: bool) -> bool:
+        """Whether the part is not zero at points of infinity in rows or columns."""
+        row, column = self.short[part]
+        return not (row and last_row) and not (column and last_column)
 
     def active(self, last_row: bool, last_column: bool) -> tuple[int, int]:
-        """First component, and the one after the last, that is not zero at points of infinity in rows or columns."""
-        found = [i for i, (row, column) in enumerate(self.short) if not (row and last_row) and not (column and last_column)]
+        """First part, and the one after the last, that is not zero at points of infinity in rows or columns."""
+        found = [i for i in range(len(self.parts)) if self.used(i, last_row, last_column)]
         return found[0], found[-1] + 1
 
 
@@ -100,7 +122,18 @@ class Roles:
         """Padded rows above and columns left of the source."""
         left, _, top, _ = self.problem.padding
         rows, columns = self.problem.effective_kernel
-        return (top, left) if self.forward else (rows - 1 - top, columns - 1 - left)
+        before = (top, left) if self.forward else (rows - 1 - top, columns - 1 - left)
+        return (before[0] // 2, before[1] // 2) if self.form.phased else before
+
+    @property
+    def phase_shift(self) -> tuple[int, int]:
+        """Of phases: the row and the column of x that output (0, 0) of the part (0, 0) is; those of the part (a, b) lie ``a`` and ``b`` before.
+
+        Row h of the gradient of x reads row ``(h + u - before) / 2`` of that of y, for tap ``u`` of the turned kernel, where that is a whole number: output i
+        of the part a is row ``2 i + before - a``.  The outputs begin at ``i = -(before // 2)``, from where on each part has all of its rows.
+        """
+        left, _, top, _ = self.problem.padding
+        return (self.problem.r - 1 - top) % 2, (self.problem.s - 1 - left) % 2
 
     @property
     def padding_mode(self) -> str:
@@ -108,7 +141,8 @@ class Roles:
 
     @property
     def form(self) -> Form:
-        return Form(self.problem.r, self.problem.s, self.problem.stride[0])
+        stride = self.problem.stride[0]
+        return Form(self.problem.r, self.problem.s, stride, stride > 1 and not self.forward)
 
     @property
     def virtual(self) -> int:
@@ -118,7 +152,7 @@ class Roles:
     @property
     def few(self) -> bool:
         """Whether a vector holds the channels of all components."""
-        return self.form.stride == 2 and self.source_channels <= FEW
+        return self.form.step == 2 and self.source_channels <= FEW
 
     @property
     def by_pieces(self) -> bool:
@@ -128,7 +162,7 @@ class Roles:
     @property
     def step(self) -> tuple[int, int]:
         """Source rows and columns from one entry of a tile to the next."""
-        return self.form.stride * self.spread[0], self.form.stride * self.spread[1]
+        return self.form.step * self.spread[0], self.form.step * self.spread[1]
 
     @property
     def spread(self) -> tuple[int, int]:
@@ -142,7 +176,15 @@ class Roles:
 
     def grid(self, m: int) -> tuple[int, int]:
         """Rows and columns of tiles of one image."""
-        rows, columns = (group * math.ceil(size / (spread * m)) for size, spread, group in zip(self.out_size, self.spread, self.groups))
+        rows, columns = (group * math.ceil(size / (spread * m)) for size, spread, group in zip(self.tiled_size, self.spread, self.groups))
+        return rows, columns
+
+    @property
+    def tiled_size(self) -> tuple[int, int]:
+        """Rows and columns of outputs that tiles cover; of every phase, where there are several."""
+        if not self.form.phased:
+            return self.out_size
+        rows, columns = ((size - shift) // 2 + 1 for size, shift in zip(self.out_size, self.phase_shift))
         return rows, columns
 
 
@@ -189,10 +231,12 @@ class Reads:
         return np.ascontiguousarray(np.where(index >= 0, index * pitch, -1))
 
 
-def out_tables(
-    size: tuple[int, int], channels: int, starts: tuple[Table, Table], m: int, spread: tuple[int, int], nhwc: bool, element: int = 4
-) -> tuple[Table, Table]:
-    """``table_pitch(m)`` entries for each tile: byte offsets of the m rows, and of the m columns, that it writes, -1 for those outside."""
-    pixel = element * (channels if nhwc else 1)
-    rows, columns = (s[:, None] + np.arange(table_pitch(m), dtype=np.int64) * step for s, step in zip(starts, spread))
-    return np.where(rows < size[0], rows * (size[1] * pixel), -1), np.where(columns < size[1], columns * pixel, -1)
+def out_tables(roles: Roles, starts: tuple[Table, Table], m: int, element: int = 4) -> tuple[Table, Table]:
+    """``table_pitch(m)`` entries for each tile: byte offsets of the m rows, and of the m columns, that it writes, -1 for those outside; of phases, all
+    tiles of the first and then all of the second."""
+    size, pixel = roles.out_size, element * (roles.out_channels if roles.problem.format == "nhwc" else 1)
+    rows, columns = (s[:, None] + np.arange(table_pitch(m), dtype=np.int64) * step for s, step in zip(starts, roles.spread))
+    if roles.form.phased:
+        rows, columns = (np.concatenate([2 * places + shift - part for part in (0, 1)]) for places, shift in zip((rows, columns), roles.phase_shift))
+    inside = [(places >= 0) & (places < limit) for places, limit in zip((rows, columns), size)]
+    return np.where(inside[0], rows * (size[1] * pixel), -1), np.where(inside[1], columns * pixel, -1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 from ..codegen.emit import Function, Module, Value
@@ -22,6 +23,9 @@ MULTIPLY = [
 ]  # fmt: skip
 """Parameters of a multiply function: three matrices, a vector of zeros, sizes, whether M starts at zero, byte pitches; for what is asked for
 ahead: the argument block, output and source, first tiles of both, bytes of a source pixel."""
+
+PHASES = [("i64", "u_phase"), ("i64", "m_phase")]
+"""More of a form with phases: from one to the next, in U and M."""
 
 
 class Panelled(Protocol):
@@ -140,30 +144,31 @@ def emit_multiply(module: Module, numeric: Numeric, n: int, form: Form, rows: in
     """``multiply_<vectors>``: every point's product for one panel of U and ``tiles`` tiles, n x n points.
 
     The reduction is cut into pieces of ``chunk`` virtual channels, the last one up to twice as long.  Of a piece, a point multiplies the components that are
-    not zero there.  ``touch``: functions that ask for the pixels of the
-    output, then of the source of tiles to come (see :func:`emit_touch`); each point asks for its share.
+    not zero there; and it multiplies the phases that are not zero there, ``u_phase`` and ``m_phase`` bytes apart, while its part of V is near.  ``touch``:
+    functions that ask for the pixels of the output, then of the source of tiles to come (see :func:`emit_touch`); each point asks for its share.
 
     V is ``[point][tile][channel]``, U ``[point][channel][vectors * lanes]``, M ``[point][tile][vectors * lanes]``::
 
-        for point, piece of channels (of a panel that fits the first-level cache), group of tiles:  gemm
+        for point, phase, piece of channels (of a panel that fits the first-level cache), group of tiles:  gemm
 
     Tiles are split into groups of ``rows`` and ``rows - 1``; a last group may run over the end of V and M, into scratch.
     """
-    f = module.function(f"multiply_{vectors}", MULTIPLY)
+    f = module.function(f"multiply_{vectors}", [*MULTIPLY, *(PHASES if form.phased else [])])
     points, components = n * n, len(form.components)
     size = numeric.compute_bytes
     width = vectors * numeric.lanes * size
     gemms = {size: emit_gemm(module, numeric, size, vectors) for size in (rows, rows - 1) if size}
 
-    def point(t: Value) -> None:
-        v, u, m = f["v"] + t * f["v_point"], f["u"] + t * f["u_point"], f["m"] + t * f["m_point"]
+    def product(t: Value, v: Value, u: Value, m: Value, after: Value) -> None:
+        """Of one phase; ``after``: what will be read of U when it is done."""
         begin, stop = _active(f, form, t, n) if components > 1 else (f.value(0), f.value(1))
 
         def piece(start_of_piece: Value) -> None:
             c = start_of_piece
             rest = f["count"] - c
-            length = f.select(rest < f["chunk"] * 2, rest, f["chunk"])
-            following = u + (c + length) * width
+            whole = rest < f["chunk"] * 2
+            length = f.select(whole, rest, f["chunk"])
+            following = f.select(whole, after, u + (c + length) * width)
             if components > 1:
                 each = length // components
                 c, length = c + each * begin, each * (stop - begin)
@@ -180,6 +185,18 @@ def emit_multiply(module: Module, numeric: Numeric, n: int, form: Form, rows: in
             for_groups(f, f["tiles"], rows, group)
 
         f.loop(0, f["count"] - (f["chunk"] - 1), f["chunk"], piece)
+
+    def point(t: Value) -> None:
+        v, u, m = f["v"] + t * f["v_point"], f["u"] + t * f["u_point"], f["m"] + t * f["m_point"]
+        if form.phased:
+            last_row, last_column = t >= n * (n - 1), (t % n).equals(n - 1)
+            for number, (row, column) in enumerate(form.short):
+                after = u + (f["u_phase"] * (number + 1) if number + 1 < len(form.phases) else f["u_point"])
+                zero = [last for short, last in ((row, last_row), (column, last_column)) if short]
+                place = u + f["u_phase"] * number, m + f["m_phase"] * number, after
+                _unless(f, zero, partial(product, t, v, *place))
+        else:
+            product(t, v, u, m, u + f["count"] * width)
         if touch is not None:
             share = f["tiles"]
             start, stop = t * share // points, (t + 1) * share // points
@@ -190,3 +207,11 @@ def emit_multiply(module: Module, numeric: Numeric, n: int, form: Form, rows: in
     f.loop(0, points, 1, point)
     f.ret()
     return f
+
+
+def _unless(f: Function, conditions: list[Value], body: Callable[[], None]) -> None:
+    """``body()``, but where one of the conditions holds."""
+    if not conditions:
+        body()
+        return
+    f.branch(conditions[0], lambda: None, lambda: _unless(f, conditions[1:], body))

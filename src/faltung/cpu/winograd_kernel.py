@@ -6,7 +6,8 @@
     stage 2, for each block of tiles, share of the panels:
         input transform into V
         for each panel:     for each point, piece of the reduction, group of tiles: gemm into M;     output transform
-        (of several components, where V is that many times as large:
+        (of several phases, grad_input with a stride: products of all of them, each with its M; then their output transform;
+    of several components, where V is that many times as large:
         for each piece of the reduction:    input transform into V;     for each panel, point, group of tiles: gemm into M
         for each panel:                     output transform)
 
@@ -33,7 +34,7 @@ from .winograd_filter import emit_filter
 from .winograd_form import PLAIN, Form
 from .winograd_gemm import Panels, emit_multiply
 from .winograd_input import INPUT_ARGUMENTS, STRIP_ARGUMENTS, emit_input
-from .winograd_output import OUTPUT_ARGUMENTS, emit_output
+from .winograd_output import OUTPUT_ARGUMENTS, PHASE_ARGUMENTS, emit_output
 from .winograd_transform import ALGORITHMS
 
 __all__ = ["ARGUMENTS", "LINE", "WinogradKernel"]
@@ -43,15 +44,15 @@ LINE = 64
 
 ARGUMENTS = ArgumentBlock(
     (
-        *INPUT_ARGUMENTS, *STRIP_ARGUMENTS, *OUTPUT_ARGUMENTS,
+        *INPUT_ARGUMENTS, *STRIP_ARGUMENTS, *OUTPUT_ARGUMENTS, *PHASE_ARGUMENTS,
         "filter_tasks", "input_tasks", "tasks", "tiles", "block_tiles", "input_pieces", "piece_tiles", "shares", "share_panels", "panels", "wide_panels",
         "out_channels", "reduced_pieces", "reduced_piece", "chunk", "reduced_pitch", "lane_pitch", "tap_pitch", "has_bias",
-        "v_point", "v_pitch", "v_block",
+        "v_point", "v_pitch", "v_block", "u_phase",
         "m_point", "m_panel", "u_at", "v_at", "scratch_at", "scratch_size", "m_at", "strip_at",
     )
 )  # fmt: skip
 """Tasks of each stage; tiles in all, of a block, of a piece of the input stage; shares of the panels and panels of a share; pieces of the
-reduction that the filter transform works on (the last one longer) and of one first-level panel; byte pitches of weight, V and M
+reduction that the filter transform works on (the last one longer) and of one first-level panel; byte pitches of weight, V, U and M
 (``m_panel``: of panels whose M are kept at once); places in the workspace and in a thread's scratch (from ``scratch_at``, ``scratch_size`` apart)."""
 
 
@@ -122,8 +123,9 @@ class _Builder(Panels):
         if kernel.few:
             self.input = emit_few_input(module, ARGUMENTS, self.numeric, self.algorithm, form, kernel.format, kernel.few)
         else:
-            self.input = emit_input(module, ARGUMENTS, self.numeric, self.algorithm, kernel.format, form=form, dilated=kernel.dilated)
-        self.output = emit_output(module, ARGUMENTS, self.numeric, self.algorithm, kernel.format, kernel.dilated)
+            read = PLAIN if form.phased else form
+            self.input = emit_input(module, ARGUMENTS, self.numeric, self.algorithm, kernel.format, form=read, dilated=kernel.dilated)
+        self.output = emit_output(module, ARGUMENTS, self.numeric, self.algorithm, kernel.format, kernel.dilated, form)
         self.touch = None
         if kernel.format == "nhwc" and not self.by_pieces:
             self.touch = emit_touch(module, ARGUMENTS, self.algorithm, form, False), emit_touch(module, ARGUMENTS, self.algorithm, form, True)
@@ -149,7 +151,14 @@ class _Builder(Panels):
     def call_filter(self, f: Function, task: Task, panel: _Panel, u: Value, scratch: Value, first: Value, count: Value) -> None:
         weight = task.operand("other") + panel.start * task["lane_pitch"] + first * task["reduced_pitch"]
         width = f.value(panel.vectors * self.vector_bytes)
-        f.call(self.filter, [weight, u, scratch, count, panel.valid, task["reduced_pitch"], task["lane_pitch"], task["tap_pitch"], panel.u_point, width])
+        pitches = [*(task[name] for name in ("reduced_pitch", "lane_pitch", "tap_pitch")), panel.u_point, width, task["u_phase"]]
+        f.call(self.filter, [weight, u, scratch, count, panel.valid, *pitches])
+
+    def call_multiply(self, f: Function, task: Task, panel: _Panel, v: Value, u: Value, m: Value, sizes: list[Value], touch: list[Value]) -> None:
+        """The products of a panel."""
+        pitches = [panel.u_point, task["m_point"]]
+        phases = [task["u_phase"], task["m_phase"]] if self.kernel.form.phased else []
+        f.call(self.multiply[panel.vectors], [v, u, m, task.table("zeros"), *sizes, *pitches, *touch, *phases])
 
     def call_output(self, f: Function, task: Task, panel: _Panel, m: Value, scratch: Value, first: Value, last: Value) -> None:
         size = self.numeric.memory_bytes
@@ -212,7 +221,7 @@ class _Builder(Panels):
                     ahead = f.minimum(first + task["block_tiles"] * task["threads"], task["tiles"] - task["block_tiles"])
                     wide = f.value(0) if self.kernel.few else f.select(i.equals(first_panel), task["source_channels"] * self.numeric.memory_bytes, f.value(0))
                     touch = [block, out, task.operand("source"), first, f.maximum(ahead, 0), wide]
-                    f.call(self.multiply[panel.vectors], [v, u, m, task.table("zeros"), *sizes, panel.u_point, task["m_point"], *touch])
+                    self.call_multiply(f, task, panel, v, u, m, sizes, touch)
                     self.call_output(f, task, panel, m, strip, first, last)
 
                 self.with_panel(f, task, i, task["source_channels"] * self.components, products)
@@ -239,10 +248,10 @@ class _Builder(Panels):
                 def one(number: Value) -> None:
                     def products(panel: _Panel) -> None:
                         u = task.workspace + task["u_at"] + panel.u + channel * (self.components * panel.vectors * self.vector_bytes)
-                        sizes = [last - first, count * self.components, fresh, task["chunk"], task["v_point"], task["v_pitch"], panel.u_point]
+                        sizes = [last - first, count * self.components, fresh, task["chunk"], task["v_point"], task["v_pitch"]]
                         place = m + (number - first_panel) * task["m_panel"]
                         touch = [out, out, out, first, first, f.value(0)]
-                        f.call(self.multiply[panel.vectors], [v, u, place, task.table("zeros"), *sizes, task["m_point"], *touch])
+                        self.call_multiply(f, task, panel, v, u, place, sizes, touch)
 
                     self.with_panel(f, task, number, task["source_channels"] * self.components, products)
 
@@ -290,11 +299,11 @@ class _Builder(Panels):
                     channel, count = self.reduced(f, task, i)
                     self.call_filter(f, task, panel, u, strip, channel, count)
                     fresh = f.cast("zext", i.equals(0), "i64")
-                    sizes = [last - first, count * self.components, fresh, task["chunk"], task["v_point"], task["v_pitch"], panel.u_point, task["m_point"]]
+                    sizes = [last - first, count * self.components, fresh, task["chunk"], task["v_point"], task["v_pitch"]]
                     out = task.operand("out") + panel.start * task["out_channel"]
                     touch = [f.to_pointer(f.load(f["context"])), out, out, first, first, f.value(0)]
                     place = v + channel * (self.components * self.numeric.compute_bytes)
-                    f.call(self.multiply[panel.vectors], [place, u, m, task.table("zeros"), *sizes, *touch])
+                    self.call_multiply(f, task, panel, place, u, m, sizes, touch)
 
                 f.loop(0, task["reduced_pieces"], 1, piece)
                 self.call_output(f, task, panel, m, strip, first, last)

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
-from ..codegen.emit import Function, Module, Value, vector_type
+from ..codegen.emit import Function, Module, Scalar, Value, vector_type
 from ..codegen.entry import ArgumentBlock
 from ..codegen.numeric import Numeric
 from .pack import Arguments
-from .winograd_form import table_pitch
-from .winograd_input import Strips, channel_start, strip_groups, tile_rows
+from .winograd_form import PLAIN, Form, table_pitch
+from .winograd_input import STRIP_TILES, Strips, channel_start, strip_groups, tile_rows
 from .winograd_transform import Algorithm, emit_output_1d, transform_2d
 
-__all__ = ["OUTPUT_ARGUMENTS", "emit_output", "output_scratch_bytes"]
+__all__ = ["OUTPUT_ARGUMENTS", "PHASE_ARGUMENTS", "emit_output", "output_scratch_bytes"]
 
 OUTPUT_ARGUMENTS = ("out_width", "out_image", "out_channel", "out_row_table", "out_column_table")
 """Columns of the output; byte pitches of its images and channels; for every row and column of tiles the byte offsets of the m rows or columns that it
-writes, -1 for those outside."""
+writes, -1 for those outside (of phases, for all tiles of each)."""
+PHASE_ARGUMENTS = ("out_column", "m_phase")
+"""Of kernels for phases: the column that nchw's first one is (-1 or 0), and the byte pitch of their M."""
 
 
 def output_scratch_bytes(algorithm: Algorithm, numeric: Numeric, vectors: int, out_format: str, spread: int = 1, group: int = 1) -> int:
@@ -25,39 +28,54 @@ def output_scratch_bytes(algorithm: Algorithm, numeric: Numeric, vectors: int, o
     return vectors * pixel if out_format == "nhwc" else (algorithm.m * algorithm.m * strip_groups(group) * spread + numeric.lanes) * pixel
 
 
-def emit_output(module: Module, arguments: ArgumentBlock, numeric: Numeric, algorithm: Algorithm, out_format: str, dilated: bool = False) -> Function:
+def emit_output(
+    module: Module, arguments: ArgumentBlock, numeric: Numeric, algorithm: Algorithm, out_format: str, dilated: bool = False, form: Form = PLAIN
+) -> Function:
     """``output(block, m, out, bias, scratch, first, last, valid, m_point, m_pitch)``: one panel of channels of tiles ``first .. last - 1``.
 
-    ``out`` and ``bias`` are those of the panel's first channel, ``valid`` its number of channels (at least one vector).
+    ``out`` and ``bias`` are those of the panel's first channel, ``valid`` its number of channels (at least one vector).  Of a form with phases, ``m`` is that
+    of the first one.
     """
     pointers = [("ptr", "block"), ("ptr", "m"), ("ptr", "out"), ("ptr", "bias"), ("ptr", "scratch")]
     f = module.function("output", [*pointers, *(("i64", n) for n in ("first", "last", "valid", "m_point", "m_pitch"))])
     a = Arguments(f, arguments, f["block"])
     if out_format == "nhwc":
-        _to_nhwc(f, a, numeric, algorithm)
+        _to_nhwc(f, a, numeric, algorithm, form)
+    elif form.phased:
+        _phases_to_nchw(f, a, numeric, algorithm, form)
     else:
         _to_nchw(f, a, numeric, algorithm, Strips(f, a, numeric, algorithm.m, dilated))
     f.ret()
     return f
 
 
-def _transform(f: Function, numeric: Numeric, algorithm: Algorithm, source: Value, bias: Value, write: Callable[[int, int, Value], None]) -> None:
-    """One vector of channels of one tile; ``write(i, j, value)`` takes its pixels."""
+def _transform(
+    f: Function,
+    numeric: Numeric,
+    algorithm: Algorithm,
+    source: Value,
+    bias: Value,
+    write: Callable[[int, int, Value], None],
+    form: Form = PLAIN,
+    phase: int = 0,
+) -> None:
+    """One vector of channels of one tile, of a phase; ``write(i, j, value)`` takes its pixels."""
     n = algorithm.n
     products = []
     for i in range(n):
         base = source + f["m_point"] * (i * n)
-        products.append([f.load(base + f["m_point"] * j, numeric.vector) for j in range(n)])
+        used = [not form.phased or form.used(phase, i == n - 1, j == n - 1) for j in range(n)]
+        products.append([f.load(base + f["m_point"] * j, numeric.vector) if used[j] else f.zero(numeric.vector) for j in range(n)])
     columns = [[products[i][j] for i in range(n)] for j in range(n)]
     for i, row in enumerate(transform_2d(f, emit_output_1d, algorithm, columns, numeric.target.fma)):
         for j, value in enumerate(row):
             write(i, j, f.fadd(value, bias))
 
 
-def _to_nhwc(f: Function, a: Arguments, numeric: Numeric, algorithm: Algorithm) -> None:
+def _to_nhwc(f: Function, a: Arguments, numeric: Numeric, algorithm: Algorithm, form: Form) -> None:
     """::
 
-    for row of tiles, tile:
+    for row of tiles, phase, tile:
         addresses of its m x m pixels             (that of scratch outside the image)
         for vector of channels: transform
     """
@@ -71,30 +89,37 @@ def _to_nhwc(f: Function, a: Arguments, numeric: Numeric, algorithm: Algorithm) 
 
     def row_of_tiles(image: Value, tile_row: Value, row_start: Value, start: Value, stop: Value) -> None:
         base = f.cast("ptrtoint", f["out"] + image * out_image, "i64")
-        rows = [f.load_index(row_table, tile_row * wide + i) for i in range(m)]
-        starts = [f.splat(base + row, wide) for row in rows]
-        inside = [f.splat(row, wide) for row in rows]
 
-        def tile(index: Value) -> None:
-            columns = f.load(column_table + (index - row_start) * (8 * wide), vector)
-            for i in range(m):
-                valid = f.compare("sge", f.integer("or", columns, inside[i]), none)
-                f.store(f.select(valid, f.integer("add", starts[i], columns), nowhere), addresses + i * (8 * wide))
-            source = f["m"] + (index - f["first"]) * f["m_pitch"]
+        def phase(number: int, down: int, right: int) -> None:
+            rows = [f.load_index(row_table, (tile_row + a["tiles_p"] * down) * wide + i) for i in range(m)]
+            starts = [f.splat(base + row, wide) for row in rows]
+            inside = [f.splat(row, wide) for row in rows]
+            places = column_table + (a["tiles_q"] * right - row_start) * (8 * wide)
+            first = f["m"] + a["m_phase"] * number if number else f["m"]
 
-            def block(k: Value) -> None:
-                channel = channel_start(f, k, f["valid"], lanes)
-                offset = channel * numeric.memory_bytes
-                bias = numeric.load(f, f["bias"] + offset, lanes)
+            def tile(index: Value) -> None:
+                columns = f.load(places + index * (8 * wide), vector)
+                for i in range(m):
+                    valid = f.compare("sge", f.integer("or", columns, inside[i]), none)
+                    f.store(f.select(valid, f.integer("add", starts[i], columns), nowhere), addresses + i * (8 * wide))
+                source = first + (index - f["first"]) * f["m_pitch"]
 
-                def write(i: int, j: int, value: Value) -> None:
-                    numeric.store(f, value, f.load(addresses + (i * wide + j) * 8, "ptr") + offset, lanes)
+                def block(k: Value) -> None:
+                    channel = channel_start(f, k, f["valid"], lanes)
+                    offset = channel * numeric.memory_bytes
+                    bias = numeric.load(f, f["bias"] + offset, lanes)
 
-                _transform(f, numeric, algorithm, source + channel * size, bias, write)
+                    def write(i: int, j: int, value: Value) -> None:
+                        numeric.store(f, value, f.load(addresses + (i * wide + j) * 8, "ptr") + offset, lanes)
 
-            f.loop(0, f["valid"], lanes, block)
+                    _transform(f, numeric, algorithm, source + channel * size, bias, write, form, number)
 
-        f.loop(start, stop, 1, tile)
+                f.loop(0, f["valid"], lanes, block)
+
+            f.loop(start, stop, 1, tile)
+
+        for number, (down, right) in enumerate(form.phases):
+            phase(number, down, right)
 
     tile_rows(f, a, f["first"], f["last"], row_of_tiles)
 
@@ -124,7 +149,7 @@ def _to_nchw(f: Function, a: Arguments, numeric: Numeric, algorithm: Algorithm, 
                 def tile(index: Value) -> None:
                     source = f["m"] + (index - f["first"]) * f["m_pitch"] + channel * size
                     origin = f["scratch"] + strips.origin(index - first)
-                    _transform(f, numeric, algorithm, source, bias, lambda i, j, value: f.store(value, origin + (i * pitch + j * strips.pitch)))
+                    _transform(f, numeric, algorithm, source, bias, partial(_write_in_strip, f, origin, pitch, strips.pitch))
 
                 f.loop(first, first + tiles, 1, tile)
                 target = f["out"] + image * out_image + channel * out_channel + x * numeric.memory_bytes
@@ -141,6 +166,64 @@ def _to_nchw(f: Function, a: Arguments, numeric: Numeric, algorithm: Algorithm, 
         f.loop(start, stop, strips.tiles, strip)
 
     tile_rows(f, a, f["first"], f["last"], row_of_tiles)
+
+
+def _phases_to_nchw(f: Function, a: Arguments, numeric: Numeric, algorithm: Algorithm, form: Form) -> None:
+    """::
+
+    for row of tiles, strip of STRIP_TILES of them, vector of channels, every second row:
+        for phase of columns, tile of the strip: transform into scratch [row][column][lane], every second column
+        transpose m rows of the strip's columns into the output
+    """
+    m, lanes, size = algorithm.m, numeric.lanes, numeric.compute_bytes
+    width, out_image, out_channel, row_table = a["out_width"], a["out_image"], a["out_channel"], a.table("out_row_table")
+    pixel = lanes * size
+    pitch = STRIP_TILES * 2 * m * pixel
+    unpack_row = _emit_unpack_row(f.module, numeric)
+
+    def row_of_tiles(image: Value, tile_row: Value, row_start: Value, start: Value, stop: Value) -> None:
+        def strip(first: Value) -> None:
+            tiles = f.minimum(stop - first, STRIP_TILES)
+            x = (first - row_start) * (2 * m) + a["out_column"]
+            outside = f.maximum(0 - x, 0)  # a column left of the image
+            count = f.minimum(tiles * (2 * m), width - x) - outside
+
+            def block(k: Value) -> None:
+                channel = channel_start(f, k, f["valid"], lanes)
+                bias = numeric.load(f, f["bias"] + channel * numeric.memory_bytes, lanes)
+                target = f["out"] + image * out_image + channel * out_channel + (x + outside) * numeric.memory_bytes
+
+                def rows(down: int) -> None:
+                    def tile(index: Value) -> None:
+                        source = f["m"] + (index - f["first"]) * f["m_pitch"] + channel * size
+                        for number, (part, right) in enumerate(form.phases):
+                            if part == down:
+                                origin = f["scratch"] + ((index - first) * (2 * m) + (1 - right)) * pixel
+                                write = partial(_write_in_strip, f, origin, pitch, 2 * pixel)
+                                _transform(f, numeric, algorithm, source + a["m_phase"] * number, bias, write, form, number)
+
+                    f.loop(first, first + tiles, 1, tile)
+
+                    def line(i: Value) -> None:
+                        offset = f.load_index(row_table, (tile_row + a["tiles_p"] * down) * table_pitch(m) + i)
+                        with f.when(offset >= 0):
+                            f.call(unpack_row, [f["scratch"] + i * pitch + outside * pixel, target + offset, count, out_channel])
+
+                    f.loop(0, m, 1, line)
+
+                for down in (0, 1):
+                    rows(down)
+
+            f.loop(0, f["valid"], lanes, block)
+
+        f.loop(start, stop, STRIP_TILES, strip)
+
+    tile_rows(f, a, f["first"], f["last"], row_of_tiles)
+
+
+def _write_in_strip(f: Function, origin: Value, pitch: Scalar, column: Scalar, i: int, j: int, value: Value) -> None:
+    """The pixel in row ``i`` and column ``j`` of a tile that begins at ``origin`` in a strip."""
+    f.store(value, origin + (i * pitch + j * column))
 
 
 def _emit_unpack_row(module: Module, numeric: Numeric) -> Function:

@@ -98,10 +98,10 @@ def _tile_count(roles: Roles, algorithm: Algorithm) -> int:
 
 
 def density(form: Form, n: int) -> float:
-    """The part of the components that a point multiplies, on average."""
-    counts = [stop - first for row in (False, True) for column in (False, True) for first, stop in [form.active(row, column)]]
+    """The share of the parts that a point multiplies, on average."""
+    counts = [sum(form.used(part, row, column) for part in range(len(form.parts))) for row in (False, True) for column in (False, True)]
     weights = [(n - 1) ** 2, n - 1, n - 1, 1]
-    return sum(c * w for c, w in zip(counts, weights)) / (n * n * len(form.components))
+    return sum(c * w for c, w in zip(counts, weights)) / (n * n * len(form.parts))
 
 
 def _even(total: int, size: int, threads: int, group: int = 1) -> int:
@@ -124,7 +124,7 @@ def candidates(problem: ConvProblem, target: Target, threads: int, algorithm: Al
     most = 4 if target.registers > 16 else 3
     source = roles.source_channels
     group = roles.groups[1] if problem.format == "nchw" else 1  # tiles of neighbouring columns are stored together
-    components = len(roles.form.components)
+    components, phases = len(roles.form.components), len(roles.form.phases)
     chunk = reduction_piece(source, components)
     virtual = roles.virtual
     piece = 16 if components == 1 else chunk
@@ -134,7 +134,7 @@ def candidates(problem: ConvProblem, target: Target, threads: int, algorithm: Al
             continue
         width = vectors * lanes
         rows = gemm_rows(target.registers, vectors)
-        sizes = {target.l2 * 3 // 5 // (channel * (virtual + 16 + width)), target.l2 * 3 // 5 // (channel * width) * 4 // 5}
+        sizes = {target.l2 * 3 // 5 // (channel * (virtual + 16 + width * phases)), target.l2 * 3 // 5 // (channel * width * phases) * 4 // 5}
         panels = -(-total_vectors // vectors)
         if roles.by_pieces:
             yield from _by_pieces(problem, target, threads, WinogradConfig(algorithm, "tiles", 0, rows, vectors, 1, chunk, piece, 4), tiles, panels)
@@ -145,7 +145,7 @@ def candidates(problem: ConvProblem, target: Target, threads: int, algorithm: Al
                 yield replace(base, cycles=predict(problem, target, threads, base))
         if roles.few:
             continue
-        fitting = max(rows, target.l2 * 3 // 5 // (channel * width))
+        fitting = max(rows, target.l2 * 3 // 5 // (channel * width * phases))
         for size in sorted({min(tiles, fitting), min(tiles, 2 * fitting)}):
             block = _even(tiles, size, 1, group)
             base = WinogradConfig(algorithm, "filters", block, rows, vectors, 1, chunk, chunk, group * max(1, min(4, block) // group))
@@ -174,6 +174,7 @@ def predict(problem: ConvProblem, target: Target, threads: int, config: Winograd
     numeric, points = Numeric(problem.dtype, target), algorithm.n**2
     lanes = numeric.lanes
     source, out = -(-roles.source_channels // lanes) * len(roles.form.components), -(-roles.out_channels // lanes)
+    phases = len(roles.form.phases)
     if roles.few:
         source = -(-roles.virtual // lanes)
     depth = roles.virtual * density(roles.form, algorithm.n)  # terms of a point, on average
@@ -193,18 +194,18 @@ def predict(problem: ConvProblem, target: Target, threads: int, config: Winograd
         calls = groups * pieces * (_CALL_CYCLES + config.rows * vectors)
         return count * points * slow * (steps * 1.05 * depth + calls)
 
-    gemm = product(config.vectors, wide_panels) + product(max(1, config.vectors - 1), panels - wide_panels)
+    gemm = phases * (product(config.vectors, wide_panels) + product(max(1, config.vectors - 1), panels - wide_panels))
     transpose = (algorithm.n * algorithm.m * 0.75 * _NCHW_CYCLES) if problem.format == "nchw" else 0.0
     unpack = (algorithm.m**2 * _NCHW_CYCLES) if problem.format == "nchw" else 0.0
     line = algorithm.m**2 * target.vector_bytes / 16.0  # pixels come from the outer caches
     load = source * (points * _TRANSFORM_CYCLES["input"] + transpose + line)
-    store = out * (points * _TRANSFORM_CYCLES["output"] + unpack + line)
-    filters = depth * out * points * _TRANSFORM_CYCLES["filter"] * (_CONVERTED_FILTERS if numeric.converts else 1.0)
+    store = phases * out * (points * _TRANSFORM_CYCLES["output"] + unpack + line)
+    filters = phases * depth * out * points * _TRANSFORM_CYCLES["filter"] * (_CONVERTED_FILTERS if numeric.converts else 1.0)
     filters += roles.source_channels * roles.out_channels * problem.r * problem.s * numeric.compute_bytes / write_bytes
-    u = points * depth * out * target.vector_bytes
+    u = phases * points * depth * out * target.vector_bytes
     v = config.tiles * points * source * target.vector_bytes
-    m = config.tiles * points * config.vectors * target.vector_bytes
-    gemm += panels * v / near_bytes
+    m = phases * config.tiles * points * config.vectors * target.vector_bytes
+    gemm += phases * panels * v / near_bytes
     if config.order == "tiles":
         share_panels = -(-panels // config.shares)
         shares = -(-panels // share_panels)

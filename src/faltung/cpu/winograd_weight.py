@@ -129,7 +129,7 @@ class WinogradWeight:
         Nothing that decides bits depends on the number of threads.
         """
         target = targets.target()
-        reason = "grad_weight only" if problem.direction != "grad_weight" else refusal(problem, target)
+        reason = "grad_weight only" if problem.direction != "grad_weight" else refusal(problem)
         if reason is not None:
             raise Unsupported(reason)
         best = choose_config(problem, target)
