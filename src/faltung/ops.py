@@ -248,6 +248,7 @@ class _Forward(_SingleLevelFunction):
 
     @staticmethod
     def jvp(ctx: Any, _: None, dx: Tensor | None, dw: Tensor | None, db: Tensor | None, *rest: None) -> Tensor:  # noqa: ARG004
+        # a jvp is called with tangents turned off, those of function transforms around it too
         with forward_ad._set_fwd_grad_enabled(True):
             x, w = _primals(ctx)
             parts = [] if dx is None else [forward(dx, w, db, *ctx.arguments)]
