@@ -3,6 +3,7 @@
 #
 #   make demo                            train on real digits, on faltung and on stock PyTorch
 #   make test                            the test suite; PYTEST_ARGS="-k dispatch" narrows it
+#   make upstream                        PyTorch's own convolution tests on faltung, fetched; UPSTREAM=FILE takes a copy of test_convolution.py
 #   make bench                           the benchmark behind the README's table; BENCH_ARGS="resnet50 --batch 1" chooses another
 #   make lint  make docs  make clean
 #
@@ -22,7 +23,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # Two test processes share the cores with OpenMP's threads, which would otherwise spin while they wait for each other.
 test: export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: demo test bench report lint docs clean
+.PHONY: demo test upstream bench report lint docs clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -30,6 +31,9 @@ demo: $(VENV)/.demo
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+upstream: $(VENV)/.test
+	$(BIN)/python tests/upstream.py $(UPSTREAM)
 
 bench: $(VENV)/.bench
 	$(BIN)/faltung bench $(BENCH_ARGS) --csv benchmarks/results/cpu.csv

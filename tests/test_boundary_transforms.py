@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, jacrev, jvp, vjp, vmap
+from torch.func import functional_call, grad, jacfwd, jacrev, jvp, vjp, vmap
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -68,6 +68,50 @@ def test_jacobian_vjp_and_jvp() -> None:
             return conv(*operands[:place], value, *operands[place + 1 :])
 
         _close(*(jvp(lambda v, c=conv: call(c, v), (operands[place],), (tangent,)) for conv in (_conv, _stock)))
+
+
+SMALL = torch.randn(1, 2, 3, 3, dtype=torch.float64), torch.randn(2, 1, 2, 2, dtype=torch.float64), torch.randn(2, dtype=torch.float64)
+
+
+def _cubes(conv: Any) -> Any:
+    """Curved, so that a derivative that one level loses shows at the next."""
+    return lambda x, w, b: conv(x, w, b, padding=(1, 0), groups=2).pow(3).sum()
+
+
+@pytest.mark.parametrize("inner", [jacrev, jacfwd])
+@pytest.mark.parametrize("outer", [jacrev, jacfwd])
+def test_second_derivatives_by_nested_transforms(outer: Any, inner: Any) -> None:
+    ours, stock = (outer(inner(_cubes(conv), (0, 1, 2)), (0, 1, 2))(*SMALL) for conv in (faltung.conv2d, torch.conv2d))
+    for mine, theirs in zip(ours, stock):
+        torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("transforms", [(grad, grad, grad), (jacfwd, jacfwd, jacfwd), (jacfwd, jacrev, grad), (jacrev, jacfwd, jacrev)])
+def test_third_derivatives_by_nested_transforms(transforms: tuple[Any, Any, Any]) -> None:
+    results = []
+    for conv in (faltung.conv2d, torch.conv2d):
+        f = _cubes(conv)
+        for transform, place in zip(transforms, (0, 1, 0)):
+            f = transform(lambda x, w, b, f=f: f(x, w, b).square().sum(), place)
+        results.append(f(*SMALL))
+    torch.testing.assert_close(*results)
+
+
+def test_a_transform_inside_autograd_and_without_derivatives() -> None:
+    results = []
+    for conv in (faltung.conv2d, torch.conv2d):
+        x, w, b = (t.clone().requires_grad_() for t in SMALL)
+        outer = torch.autograd.grad(grad(_cubes(conv))(x, w, b).square().sum(), (x, w, b))
+        mixed = torch.autograd.grad(jvp(_cubes(conv), (x, w, b), tuple(map(torch.ones_like, (x, w, b))))[1], (x, w, b))
+
+        def unseen(x: Tensor, w: Tensor, b: Tensor, conv: Any = conv) -> Tensor:
+            with torch.no_grad():
+                y = jvp(lambda v: conv(v, w, b, groups=2), (x,), (torch.ones_like(x),))[1]
+            return (y * x[..., :2, :2]).sum()
+
+        results.append((*outer, *mixed, *grad(unseen, (0, 1, 2))(x, w, b), grad(unseen)(x, w, b).requires_grad))
+    for mine, theirs in zip(*results):
+        torch.testing.assert_close(mine, theirs)
 
 
 def test_per_sample_gradients_of_a_converted_model() -> None:

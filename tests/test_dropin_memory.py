@@ -41,6 +41,7 @@ OPERANDS: dict[str, Callable[[], tuple[Tensor, Tensor]]] = {
     "overlapping": lambda: (_pattern((100,)).as_strided((2, 4, 6, 5), (3, 5, 2, 1)), _pattern((90,)).as_strided((6, 4, 3, 3), (4, 2, 1, 1))),
     "offset": lambda: (_pattern((241,))[1:].view(2, 4, 6, 5), _pattern((219,))[3:].view(6, 4, 3, 3)),
     "flipped": lambda: (_pattern((2, 4, 6, 5)).flip(3), _pattern((6, 4, 3, 3)).flip(2, 3)),
+    "dense negated view": lambda: (torch._neg_view(_pattern((2, 4, 6, 5))), torch._neg_view(_pattern((6, 4, 3, 3)))),
     "negated view": lambda: (torch.randn(2, 4, 6, 5, dtype=torch.complex64).conj().imag, torch.randn(6, 4, 3, 3, dtype=torch.complex64).conj().imag),
 }
 
@@ -50,6 +51,21 @@ def test_odd_operands(name: str) -> None:
     x, w = OPERANDS[name]()
     for _ in range(2):  # first and remembered call
         _check(x, w, torch.randn(12)[::2], padding=1)
+
+
+def test_a_dense_negated_operand_after_the_same_without_its_sign() -> None:
+    x, w, b = torch.randn(2, 4, 6, 5), torch.randn(6, 4, 3, 3), torch.randn(6)
+    module = faltung.Conv2d(4, 6, 3).eval()
+    for place in (0, 1, 2):
+        operands = [x, w, b]
+        faltung.conv2d(*operands)  # remembered: the signature of the next call is the same
+        expected = torch.conv2d(*[-t if i == place else t for i, t in enumerate(operands)])
+        operands[place] = torch._neg_view(operands[place])
+        torch.testing.assert_close(faltung.conv2d(*operands), expected, rtol=1e-4, atol=1e-4)
+    faltung.freeze(module)
+    with torch.inference_mode():
+        module(x)
+        torch.testing.assert_close(module(torch._neg_view(x)), torch.conv2d(-x, module.weight, module.bias), rtol=1e-4, atol=1e-4)
 
 
 def test_an_expanded_gradient_is_copied_once() -> None:

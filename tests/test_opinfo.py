@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch.testing._internal import common_nn
 from torch.testing._internal.common_methods_invocations import op_db
 from torch.testing._internal.common_modules import module_db
 
 import faltung
 from faltung.testing import thread_count
 from support import DTYPES, compare_with_stock, double
+from upstream import substitute
 
 CONV2D = next(op for op in op_db if op.name == "nn.functional.conv2d")
 MODULE = next(info for info in module_db if info.module_cls is torch.nn.Conv2d)
@@ -120,3 +122,47 @@ def test_module_inputs(dtype: torch.dtype, training: bool) -> None:
             repr(stock),
         )
         assert torch.allclose(exact(double(x)), ours(x).double(), rtol=3e-2, atol=3e-2)
+
+
+class _Case(common_nn.NNTestCase):
+    """What the module tests ask of the test case around them."""
+
+    def _forward(self, module: torch.nn.Module, operands: Any) -> torch.Tensor:
+        return module(*operands) if isinstance(operands, tuple) else module(operands)
+
+    def _backward(self, _: torch.nn.Module, operand: torch.Tensor, y: torch.Tensor, gy: torch.Tensor, create_graph: bool = False) -> torch.Tensor:
+        y.backward(gy, retain_graph=True, create_graph=create_graph)
+        return operand.grad
+
+    def _zero_grad_parameters(self, module: torch.nn.Module) -> None:
+        module.zero_grad(set_to_none=False)
+
+    def _get_parameters(self, module: torch.nn.Module) -> tuple[list[Any], list[Any]]:
+        return list(module.parameters()), [p.grad for p in module.parameters()]
+
+    def runTest(self) -> None:  # noqa: N802
+        """What makes an instance of a test case without a test."""
+
+
+def test_module_tests(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The older tests of modules: first and second derivatives in both modes, casts, and each padding mode against a padded copy."""
+    for name in ("torch", "nn", "F"):
+        monkeypatch.setattr(common_nn, name, getattr(common_nn, name))
+    substitute(common_nn)
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+    ran = 0
+    for parameters in [*common_nn.get_new_module_tests(), *common_nn.module_tests]:
+        name = parameters.get("fullname", parameters.get("module_name", ""))
+        if not name.startswith("Conv2d"):
+            continue
+        constructor = parameters.get("constructor", faltung.Conv2d)
+        default = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)
+        try:
+            test = common_nn.NewModuleTest(**{**parameters, "constructor": constructor})
+            assert isinstance(test.constructor(*test.constructor_args), faltung.Conv2d)
+            test(_Case())
+        finally:
+            torch.set_default_dtype(default)
+        ran += 1
+    assert ran >= 20

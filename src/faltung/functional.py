@@ -83,7 +83,7 @@ def conv2d(
 
 
 def is_plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether nothing stands between PyTorch and a call with these operands: no compiler, transform, mode or subclass of Tensor."""
+    """Whether nothing stands between PyTorch and a call with these operands: no compiler, transform, mode, subclass of Tensor or lazy sign."""
     return not (
         _compiling()
         or type(x) not in _PLAIN
@@ -95,6 +95,10 @@ def is_plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         or _autocasting()
         or _tracing() is not None
         or forward_ad._current_level >= 0
+        # the sign of a lazily negated tensor is not in its memory: the registered operator gets a copy that has it
+        or x.is_neg()
+        or weight.is_neg()
+        or (bias is not None and bias.is_neg())
     )
 
 

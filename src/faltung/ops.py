@@ -8,7 +8,7 @@ format of input, output and their gradients, ``weight_channels_last`` that of th
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -214,12 +214,15 @@ def _grad_weight_fake(x: Tensor, grad_output: Tensor, weight_size: Sequence[int]
 
 # --- derivatives --------------------------------------------------------------------------------------------------------------------------------
 
+_Call: TypeAlias = tuple[Any, bool, bool]
+"""How autograd's kernel was called: the dispatch keys, and whether derivatives were recorded, reverse and forward."""
+
 
 class _Forward(_SingleLevelFunction):
     """``conv2d_forward`` under autograd: linear in the input and in the weight, and the bias is added."""
 
     @staticmethod
-    def forward(ctx: Any, keyset: Any, x: Tensor, w: Tensor, bias: Tensor | None, *arguments: Any) -> Tensor:
+    def forward(ctx: Any, call: _Call, x: Tensor, w: Tensor, bias: Tensor | None, *arguments: Any) -> Tensor:
         needs = ctx.needs_input_grad[1:]
         ctx.save_for_backward(x if needs[1] else None, w if needs[0] else None)
         ctx.save_for_forward(x, w)
@@ -227,7 +230,7 @@ class _Forward(_SingleLevelFunction):
         double_on_cuda = x.is_cuda and x.dtype == torch.float64
         fmt = layout.result_format(x.shape, x.stride(), w.shape, w.stride(), double_on_cuda=double_on_cuda)
         ctx.formats = fmt == "nhwc", choose_weight_format(w.shape, w.stride(), fmt) == "nhwc"
-        return _below_autograd(forward, keyset, x, w, bias, *arguments)
+        return _in_modes_of(call, forward, x, w, bias, *arguments)
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor) -> tuple[Any, ...]:
@@ -245,22 +248,24 @@ class _Forward(_SingleLevelFunction):
 
     @staticmethod
     def jvp(ctx: Any, _: None, dx: Tensor | None, dw: Tensor | None, db: Tensor | None, *rest: None) -> Tensor:  # noqa: ARG004
-        x, w = ctx.saved_tensors
-        parts = [] if dx is None else [forward(dx, w, db, *ctx.arguments)]
-        parts += [] if dw is None else [forward(x, dw, db if dx is None else None, *ctx.arguments)]
-        return _sum(parts) if parts else forward(torch.zeros_like(x), w, db, *ctx.arguments)
+        # a jvp is called with tangents turned off, those of function transforms around it too
+        with forward_ad._set_fwd_grad_enabled(True):
+            x, w = _primals(ctx)
+            parts = [] if dx is None else [forward(dx, w, db, *ctx.arguments)]
+            parts += [] if dw is None else [forward(x, dw, db if dx is None else None, *ctx.arguments)]
+            return _sum(parts) if parts else forward(torch.zeros_like(x), w, db, *ctx.arguments)
 
 
 class _GradInput(_SingleLevelFunction):
     """``conv2d_grad_input`` under autograd: bilinear in the gradient of the output and the weight."""
 
     @staticmethod
-    def forward(ctx: Any, keyset: Any, gy: Tensor, w: Tensor, input_size: Sequence[int], *rest: Any) -> Tensor:
+    def forward(ctx: Any, call: _Call, gy: Tensor, w: Tensor, input_size: Sequence[int], *rest: Any) -> Tensor:
         ctx.save_for_backward(gy, w)
         ctx.save_for_forward(gy, w)
         ctx.input_size, ctx.rest, ctx.arguments = input_size, rest, rest[:-1]
         ctx.formats = rest[-1], choose_weight_format(w.shape, w.stride(), _format(rest[-1])) == "nhwc"
-        return _below_autograd(grad_input, keyset, gy, w, input_size, *rest)
+        return _in_modes_of(call, grad_input, gy, w, input_size, *rest)
 
     @staticmethod
     def backward(ctx: Any, ggx: Tensor) -> tuple[Any, ...]:
@@ -274,20 +279,21 @@ class _GradInput(_SingleLevelFunction):
 
     @staticmethod
     def jvp(ctx: Any, _: None, dgy: Tensor | None, dw: Tensor | None, *rest: None) -> Tensor:  # noqa: ARG004
-        gy, w = ctx.saved_tensors
-        parts = [] if dgy is None else [grad_input(dgy, w, ctx.input_size, *ctx.rest)]
-        return _sum(parts + ([] if dw is None else [grad_input(gy, dw, ctx.input_size, *ctx.rest)]))
+        with forward_ad._set_fwd_grad_enabled(True):
+            gy, w = _primals(ctx)
+            parts = [] if dgy is None else [grad_input(dgy, w, ctx.input_size, *ctx.rest)]
+            return _sum(parts + ([] if dw is None else [grad_input(gy, dw, ctx.input_size, *ctx.rest)]))
 
 
 class _GradWeight(_SingleLevelFunction):
     """``conv2d_grad_weight`` under autograd: bilinear in the input and the gradient of the output."""
 
     @staticmethod
-    def forward(ctx: Any, keyset: Any, x: Tensor, gy: Tensor, weight_size: Sequence[int], *rest: Any) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, call: _Call, x: Tensor, gy: Tensor, weight_size: Sequence[int], *rest: Any) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(x, gy)
         ctx.save_for_forward(x, gy)
         ctx.weight_size, ctx.rest, ctx.arguments, ctx.bias, ctx.channels_last = weight_size, rest, rest[:5], rest[5], rest[6]
-        return _below_autograd(grad_weight, keyset, x, gy, weight_size, *rest)
+        return _in_modes_of(call, grad_weight, x, gy, weight_size, *rest)
 
     @staticmethod
     def backward(ctx: Any, ggw: Tensor, ggb: Tensor) -> tuple[Any, ...]:
@@ -301,17 +307,35 @@ class _GradWeight(_SingleLevelFunction):
 
     @staticmethod
     def jvp(ctx: Any, _: None, dx: Tensor | None, dgy: Tensor | None, *rest: None) -> tuple[Tensor, Tensor]:  # noqa: ARG004
-        x, gy = ctx.saved_tensors
-        by_x = None if dx is None else grad_weight(dx, gy, ctx.weight_size, *ctx.rest)
-        by_gy = None if dgy is None else grad_weight(x, dgy, ctx.weight_size, *ctx.rest)
-        if by_gy is None:
-            assert by_x is not None
-            return by_x[0], torch.zeros_like(by_x[1])
-        return by_gy[0] if by_x is None else by_x[0] + by_gy[0], by_gy[1]
+        with forward_ad._set_fwd_grad_enabled(True):
+            x, gy = _primals(ctx)
+            by_x = None if dx is None else grad_weight(dx, gy, ctx.weight_size, *ctx.rest)
+            by_gy = None if dgy is None else grad_weight(x, dgy, ctx.weight_size, *ctx.rest)
+            if by_gy is None:
+                assert by_x is not None
+                return by_x[0], torch.zeros_like(by_x[1])
+            return by_gy[0] if by_x is None else by_x[0] + by_gy[0], by_gy[1]
 
 
 def _sum(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else parts[0] + parts[1]
+
+
+def _primals(ctx: Any) -> list[Tensor]:
+    """What a function saved for its ``jvp``, without the tangents that the ``jvp`` is given."""
+    return [forward_ad.unpack_dual(tensor).primal for tensor in ctx.saved_tensors]
+
+
+def _in_modes_of(call: _Call, operator: Any, *args: Any) -> Any:
+    """The operator's kernel below autograd, with derivatives as they were where autograd was called.
+
+    ``apply`` turns them off, at every level; but a function transform around the one at hand has its own to take of the same call.
+    """
+    keyset, grad, tangents = call
+    if not torch._C._are_functorch_transforms_active():
+        return _below_autograd(operator, keyset, *args)
+    with torch.set_grad_enabled(grad), forward_ad._set_fwd_grad_enabled(tangents):
+        return _below_autograd(operator, keyset, *args)
 
 
 def _below_autograd(operator: Any, keyset: Any, *args: Any) -> Any:
@@ -328,11 +352,11 @@ def _autograd_kernel(operator: Any, function: Any) -> Callable[..., Any]:
     apply = function.apply
 
     def kernel(keyset: Any, *args: Any) -> Any:
-        derivatives = torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
-        if not derivatives and not (forward_ad._current_level >= 0 and torch._C._is_fwd_grad_enabled()):
+        grad, tangents = torch.is_grad_enabled(), torch._C._is_fwd_grad_enabled()
+        if not (grad and torch._C._any_requires_grad(*args)) and not (forward_ad._current_level >= 0 and tangents):
             return _below_autograd(operator, keyset, *args)
         with enable_single_level_autograd_function():
-            return apply(keyset, *args)
+            return apply((keyset, grad, tangents), *args)
 
     return kernel
 
