@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, jacrev, jvp, vjp, vmap
+from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -68,6 +69,46 @@ def test_jacobian_vjp_and_jvp() -> None:
             return conv(*operands[:place], value, *operands[place + 1 :])
 
         _close(*(jvp(lambda v, c=conv: call(c, v), (operands[place],), (tangent,)) for conv in (_conv, _stock)))
+
+
+def _derivative(f: Any, kind: str, direction: Tensor) -> Any:
+    """The derivative of a function to a number along ``direction``."""
+    if kind == "forward":
+        return lambda v: jvp(f, (v,), (direction,))[1]
+    return lambda v: (grad(f)(v) * direction).sum()
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+@pytest.mark.parametrize("order", [2, 3])
+def test_transforms_of_transforms(order: int, place: int) -> None:
+    operands = [t.double() for t in (X[:1], W, B)]
+    directions = [torch.randn_like(operands[place]) for _ in range(order)]
+    for kinds in product(("forward", "reverse"), repeat=order):
+        results = []
+        for conv in (_conv, _stock):
+
+            def f(v: Tensor, conv: Any = conv) -> Tensor:
+                return conv(*operands[:place], v.sin() * 0.5, *operands[place + 1 :]).sin().sum()
+
+            for kind, direction in zip(kinds, directions):
+                f = _derivative(f, kind, direction)
+            results.append(f(operands[place]))
+        torch.testing.assert_close(*results, msg=lambda text, kinds=kinds: f"{kinds}, innermost first: {text}")
+
+
+@pytest.mark.parametrize("transform", [hessian, lambda f: jacfwd(jacfwd(f)), lambda f: jacrev(jacfwd(f)), lambda f: jacrev(jacrev(f))])
+def test_hessians(transform: Any) -> None:
+    x, w = X[0, :2, :3, :3].double(), W[:2].double()
+    _close(*(transform(lambda v, c=conv: c(v, w).square().sum())(x) for conv in (faltung.conv2d, torch.conv2d)))
+
+
+def test_gradients_through_a_directional_derivative() -> None:
+    gradients = []
+    for conv in (_conv, _stock):
+        operands = [t.clone().requires_grad_() for t in (X, W, B)]
+        tangent = jvp(conv, tuple(operands), tuple(torch.ones_like(t) for t in operands))[1]
+        gradients.append(torch.autograd.grad(tangent.square().sum(), operands[:2]))
+    _close(*gradients)
 
 
 def test_per_sample_gradients_of_a_converted_model() -> None:

@@ -7,8 +7,9 @@ format of input, output and their gradients, ``weight_channels_last`` that of th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -215,19 +216,44 @@ def _grad_weight_fake(x: Tensor, grad_output: Tensor, weight_size: Sequence[int]
 # --- derivatives --------------------------------------------------------------------------------------------------------------------------------
 
 
+class _Level(NamedTuple):
+    """How an operator was called: with which dispatch keys, and whether derivatives were on, in reverse and forward mode.
+
+    A ``Function`` turns derivatives off around its ``forward``, and those of forward mode around its ``jvp`` too.  It is right for one level: transforms
+    outside of it would find them off, and take what is computed there for a constant.  So both run in the state of the call.
+    """
+
+    keys: Any
+    reverse: bool
+    tangents: bool
+
+
+def _below_autograd(operator: Any, level: _Level, *args: Any) -> Any:
+    with torch._C._AutoDispatchBelowAutograd(), torch.set_grad_enabled(level.reverse), forward_ad._set_fwd_grad_enabled(level.tangents):
+        return operator.redispatch(level.keys & torch._C._after_autograd_keyset, *args)
+
+
+@contextmanager
+def _tangents_of_outer_levels(ctx: Any) -> Iterator[list[Tensor]]:
+    """What a ``jvp`` computes with, inside the block: the saved tensors without their tangents of its own level."""
+    primals = [forward_ad.unpack_dual(t).primal for t in ctx.saved_tensors]
+    with forward_ad._set_fwd_grad_enabled(ctx.level.tangents):
+        yield primals
+
+
 class _Forward(_SingleLevelFunction):
     """``conv2d_forward`` under autograd: linear in the input and in the weight, and the bias is added."""
 
     @staticmethod
-    def forward(ctx: Any, keyset: Any, x: Tensor, w: Tensor, bias: Tensor | None, *arguments: Any) -> Tensor:
+    def forward(ctx: Any, level: _Level, x: Tensor, w: Tensor, bias: Tensor | None, *arguments: Any) -> Tensor:
         needs = ctx.needs_input_grad[1:]
         ctx.save_for_backward(x if needs[1] else None, w if needs[0] else None)
         ctx.save_for_forward(x, w)
-        ctx.arguments, ctx.input_shape, ctx.weight_shape = arguments, x.shape, w.shape
+        ctx.level, ctx.arguments, ctx.input_shape, ctx.weight_shape = level, arguments, x.shape, w.shape
         double_on_cuda = x.is_cuda and x.dtype == torch.float64
         fmt = layout.result_format(x.shape, x.stride(), w.shape, w.stride(), double_on_cuda=double_on_cuda)
         ctx.formats = fmt == "nhwc", choose_weight_format(w.shape, w.stride(), fmt) == "nhwc"
-        return _below_autograd(forward, keyset, x, w, bias, *arguments)
+        return _below_autograd(forward, level, x, w, bias, *arguments)
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor) -> tuple[Any, ...]:
@@ -245,22 +271,22 @@ class _Forward(_SingleLevelFunction):
 
     @staticmethod
     def jvp(ctx: Any, _: None, dx: Tensor | None, dw: Tensor | None, db: Tensor | None, *rest: None) -> Tensor:  # noqa: ARG004
-        x, w = ctx.saved_tensors
-        parts = [] if dx is None else [forward(dx, w, db, *ctx.arguments)]
-        parts += [] if dw is None else [forward(x, dw, db if dx is None else None, *ctx.arguments)]
-        return _sum(parts) if parts else forward(torch.zeros_like(x), w, db, *ctx.arguments)
+        with _tangents_of_outer_levels(ctx) as (x, w):
+            parts = [] if dx is None else [forward(dx, w, db, *ctx.arguments)]
+            parts += [] if dw is None else [forward(x, dw, db if dx is None else None, *ctx.arguments)]
+            return _sum(parts) if parts else forward(torch.zeros_like(x), w, db, *ctx.arguments)
 
 
 class _GradInput(_SingleLevelFunction):
     """``conv2d_grad_input`` under autograd: bilinear in the gradient of the output and the weight."""
 
     @staticmethod
-    def forward(ctx: Any, keyset: Any, gy: Tensor, w: Tensor, input_size: Sequence[int], *rest: Any) -> Tensor:
+    def forward(ctx: Any, level: _Level, gy: Tensor, w: Tensor, input_size: Sequence[int], *rest: Any) -> Tensor:
         ctx.save_for_backward(gy, w)
         ctx.save_for_forward(gy, w)
-        ctx.input_size, ctx.rest, ctx.arguments = input_size, rest, rest[:-1]
+        ctx.level, ctx.input_size, ctx.rest, ctx.arguments = level, input_size, rest, rest[:-1]
         ctx.formats = rest[-1], choose_weight_format(w.shape, w.stride(), _format(rest[-1])) == "nhwc"
-        return _below_autograd(grad_input, keyset, gy, w, input_size, *rest)
+        return _below_autograd(grad_input, level, gy, w, input_size, *rest)
 
     @staticmethod
     def backward(ctx: Any, ggx: Tensor) -> tuple[Any, ...]:
@@ -274,20 +300,20 @@ class _GradInput(_SingleLevelFunction):
 
     @staticmethod
     def jvp(ctx: Any, _: None, dgy: Tensor | None, dw: Tensor | None, *rest: None) -> Tensor:  # noqa: ARG004
-        gy, w = ctx.saved_tensors
-        parts = [] if dgy is None else [grad_input(dgy, w, ctx.input_size, *ctx.rest)]
-        return _sum(parts + ([] if dw is None else [grad_input(gy, dw, ctx.input_size, *ctx.rest)]))
+        with _tangents_of_outer_levels(ctx) as (gy, w):
+            parts = [] if dgy is None else [grad_input(dgy, w, ctx.input_size, *ctx.rest)]
+            return _sum(parts + ([] if dw is None else [grad_input(gy, dw, ctx.input_size, *ctx.rest)]))
 
 
 class _GradWeight(_SingleLevelFunction):
     """``conv2d_grad_weight`` under autograd: bilinear in the input and the gradient of the output."""
 
     @staticmethod
-    def forward(ctx: Any, keyset: Any, x: Tensor, gy: Tensor, weight_size: Sequence[int], *rest: Any) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, level: _Level, x: Tensor, gy: Tensor, weight_size: Sequence[int], *rest: Any) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(x, gy)
         ctx.save_for_forward(x, gy)
-        ctx.weight_size, ctx.rest, ctx.arguments, ctx.bias, ctx.channels_last = weight_size, rest, rest[:5], rest[5], rest[6]
-        return _below_autograd(grad_weight, keyset, x, gy, weight_size, *rest)
+        ctx.level, ctx.weight_size, ctx.rest, ctx.arguments, ctx.bias, ctx.channels_last = level, weight_size, rest, rest[:5], rest[5], rest[6]
+        return _below_autograd(grad_weight, level, x, gy, weight_size, *rest)
 
     @staticmethod
     def backward(ctx: Any, ggw: Tensor, ggb: Tensor) -> tuple[Any, ...]:
@@ -301,22 +327,17 @@ class _GradWeight(_SingleLevelFunction):
 
     @staticmethod
     def jvp(ctx: Any, _: None, dx: Tensor | None, dgy: Tensor | None, *rest: None) -> tuple[Tensor, Tensor]:  # noqa: ARG004
-        x, gy = ctx.saved_tensors
-        by_x = None if dx is None else grad_weight(dx, gy, ctx.weight_size, *ctx.rest)
-        by_gy = None if dgy is None else grad_weight(x, dgy, ctx.weight_size, *ctx.rest)
-        if by_gy is None:
-            assert by_x is not None
-            return by_x[0], torch.zeros_like(by_x[1])
-        return by_gy[0] if by_x is None else by_x[0] + by_gy[0], by_gy[1]
+        with _tangents_of_outer_levels(ctx) as (x, gy):
+            by_x = None if dx is None else grad_weight(dx, gy, ctx.weight_size, *ctx.rest)
+            by_gy = None if dgy is None else grad_weight(x, dgy, ctx.weight_size, *ctx.rest)
+            if by_gy is None:
+                assert by_x is not None
+                return by_x[0], torch.zeros_like(by_x[1])
+            return by_gy[0] if by_x is None else by_x[0] + by_gy[0], by_gy[1]
 
 
 def _sum(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else parts[0] + parts[1]
-
-
-def _below_autograd(operator: Any, keyset: Any, *args: Any) -> Any:
-    with torch._C._AutoDispatchBelowAutograd():
-        return operator.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
 
 def _autograd_kernel(operator: Any, function: Any) -> Callable[..., Any]:
@@ -328,11 +349,11 @@ def _autograd_kernel(operator: Any, function: Any) -> Callable[..., Any]:
     apply = function.apply
 
     def kernel(keyset: Any, *args: Any) -> Any:
-        derivatives = torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
-        if not derivatives and not (forward_ad._current_level >= 0 and torch._C._is_fwd_grad_enabled()):
-            return _below_autograd(operator, keyset, *args)
+        level = _Level(keyset, torch.is_grad_enabled(), torch._C._is_fwd_grad_enabled())
+        if not (level.reverse and torch._C._any_requires_grad(*args)) and not (level.tangents and forward_ad._current_level >= 0):
+            return _below_autograd(operator, level, *args)
         with enable_single_level_autograd_function():
-            return apply(keyset, *args)
+            return apply(level, *args)
 
     return kernel
 
