@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -151,3 +152,20 @@ def test_fake_tensors_have_the_strides_of_real_ones() -> None:
             fake = faltung.conv2d(mode.from_tensor(x), mode.from_tensor(w), padding=1)
         assert fake.shape == real.shape
         assert fake.stride() == real.stride()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("dynamo", [False, True])
+def test_onnx(dynamo: bool, tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+    if dynamo:
+        pytest.importorskip("onnxscript")
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, stride=2, padding=1, padding_mode="reflect"), nn.Conv2d(8, 4, 2))
+    x = torch.randn(2, 3, 12, 13)
+    nodes = []
+    for number, form in enumerate((faltung.convert(model.eval()), model)):
+        file = tmp_path / f"{number}.onnx"
+        torch.onnx.export(form, (x,), file, dynamo=dynamo)
+        nodes.append([node.op_type for node in onnx.load(file).graph.node])
+    assert nodes[0].count("Conv") == nodes[1].count("Conv") == 3
+    assert set(nodes[0]) == set(nodes[1])

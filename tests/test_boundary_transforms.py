@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any, ClassVar
 
 import pytest
@@ -112,6 +113,32 @@ def test_a_transform_inside_autograd_and_without_derivatives() -> None:
         results.append((*outer, *mixed, *grad(unseen, (0, 1, 2))(x, w, b), grad(unseen)(x, w, b).requires_grad))
     for mine, theirs in zip(*results):
         torch.testing.assert_close(mine, theirs)
+
+
+def _derivative(f: Any, kind: str, direction: Tensor) -> Any:
+    """The derivative of a function to a number along ``direction``."""
+    if kind == "forward":
+        return lambda v: jvp(f, (v,), (direction,))[1]
+    return lambda v: (grad(f)(v) * direction).sum()
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+@pytest.mark.parametrize("order", [2, 3])
+def test_transforms_of_transforms(order: int, place: int) -> None:
+    operands = [t.double() for t in (X[:1], W, B)]
+    generator = torch.Generator().manual_seed(order)
+    directions = [torch.randn(operands[place].shape, generator=generator, dtype=torch.float64) for _ in range(order)]
+    for kinds in product(("forward", "reverse"), repeat=order):
+        results = []
+        for conv in (_conv, _stock):
+
+            def f(v: Tensor, conv: Any = conv) -> Tensor:
+                return conv(*operands[:place], v.sin() * 0.5, *operands[place + 1 :]).sin().sum()
+
+            for kind, direction in zip(kinds, directions):
+                f = _derivative(f, kind, direction)
+            results.append(f(operands[place]))
+        torch.testing.assert_close(*results, msg=lambda text, kinds=kinds: f"{kinds}, innermost first: {text}")
 
 
 def test_per_sample_gradients_of_a_converted_model() -> None:

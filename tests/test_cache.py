@@ -126,13 +126,27 @@ def test_the_folder_is_private(folder: Path) -> None:
     assert the_file(folder).stat().st_mode & 0o077 == 0
 
 
-def test_a_folder_that_others_may_write_to_is_made_private(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", [0o777, 0o1777, 0o775], ids=oct)
+def test_a_folder_that_others_may_write_to_keeps_its_mode(tmp_path: Path, mode: int) -> None:
     open_folder = tmp_path / "open"
     open_folder.mkdir()
-    open_folder.chmod(0o777)
+    open_folder.chmod(mode)
     with config.override(cache_dir=str(open_folder)):
-        assert cache_folder() == open_folder
-    assert open_folder.stat().st_mode & 0o022 == 0
+        ours = cache_folder()
+    assert open_folder.stat().st_mode & 0o7777 == mode
+    assert ours is not None
+    assert ours.parent == open_folder
+    assert ours.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_link_that_others_may_have_put_there_is_not_followed(tmp_path: Path) -> None:
+    open_folder, elsewhere = tmp_path / "open", tmp_path / "elsewhere"
+    open_folder.mkdir()
+    open_folder.chmod(0o1777)
+    elsewhere.mkdir(mode=0o700)
+    (open_folder / f"faltung-{os.getuid()}").symlink_to(elsewhere)
+    with config.override(cache_dir=str(open_folder)):
+        assert cache_folder() is None
 
 
 @root

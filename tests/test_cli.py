@@ -62,7 +62,10 @@ def test_explain_of_several_names_each():
     "arguments",
     [
         ("explain", "nothing-of-the-kind"),
+        ("explain", "n1c3h8w8k4r3s3 st0"),
         ("bench", "nothing-of-the-kind"),
+        ("bench", "n1c3h2w2k4r3s3"),
+        ("bench", PROBLEM, "--batch", "1,0"),
         ("bench", PROBLEM, "--direction", "sideways"),
         ("bench", PROBLEM, "--dtype", "f12"),
         ("bench", PROBLEM, "--format", "nchwc"),

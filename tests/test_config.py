@@ -54,6 +54,16 @@ def test_override_refuses_unknown_names_and_choices() -> None:
         pass
 
 
+@pytest.mark.parametrize(
+    "values",
+    [{"reproducible": "no"}, {"autotune": 1}, {"cache_limit_mb": "1"}, {"cache_limit_mb": -1}, {"implementation": ["direct"]}, {"cache_dir": 3}],
+    ids=str,
+)
+def test_override_refuses_values_of_another_kind(values: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=f"faltung option {next(iter(values))} must be"), config.override(**values):
+        pass
+
+
 def test_override_holds_in_its_own_thread_only() -> None:
     seen: list[str] = []
     with config.override(precision="strict"):

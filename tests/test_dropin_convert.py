@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import threading
 from typing import Any
 
 import pytest
@@ -104,6 +105,29 @@ def test_subclass_keeps_its_class_and_its_methods() -> None:
         assert type(copied) is type(module)
         assert torch.equal(copied(x), module(x))
     assert type(faltung.convert(Scaled(3, 4, 3))) is type(module)
+
+
+class Locked(nn.Conv2d):
+    """Leaves its lock out of its state, as one that is to be copied must."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.lock = threading.Lock()
+
+
+def test_subclass_decides_on_its_state() -> None:
+    module = faltung.convert(Locked(3, 4, 3))
+    for copied in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert type(copied) is type(module)
+        assert copied.lock is not module.lock
+        assert torch.equal(copied.weight, module.weight)
 
 
 def test_hooks_and_training_flag_are_kept() -> None:

@@ -69,6 +69,13 @@ def test_refusals() -> None:
         faltung.explain(nn.Conv2d(3, 8, 3))
     with pytest.raises(ValueError, match="convolution problem"):
         faltung.explain("three by three")
+    for text in ("st0", "d0", "g0", "g2", "p-5,-5,-5,-5", "d99999999999999999999", "reflect p8"):
+        with pytest.raises(ValueError, match="not a convolution: "):
+            faltung.explain(f"n1c3h8w8k4r3s3 {text}")
+    for text in ("n1c3h2w2k4r3s3", "n1c3h8w8k4r0s3", "n99999999999999999999c3h8w8k4r3s3", "n0c0h0w0k0r0s0"):
+        with pytest.raises(ValueError, match="not a convolution: "):
+            faltung.explain(text)
+    assert "without elements" in str(faltung.explain("n0c3h8w8k4r3s3"))
     with pytest.raises(ValueError, match="no cpu implementation named"), faltung.config.override(implementation="none such"):
         faltung.explain("n1c1h4w4k1r1s1")
     with pytest.raises(RuntimeError, match="expected input"):

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ import torch
 import cases
 import faltung
 import harness
-from faltung import testing
+from faltung import dispatch, testing
 from faltung.problem import DIRECTIONS, ConvProblem
 
 HERE = Path(__file__).parent
@@ -183,3 +184,22 @@ def test_more_threads_than_tasks_and_than_cores() -> None:
     one = harness.launch(harness.plan_named("direct", problem, 1), inputs)
     for threads in (2, 5, 16):
         assert harness.equal_bits(one, harness.launch(harness.plan_named("direct", problem, threads), inputs))
+
+
+def test_threads_that_fill_the_cache_of_decisions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_CACHE_LIMIT", 4)
+    dispatch.clear()
+    before = sys.getswitchinterval()
+
+    def work(first: int) -> None:
+        for i in range(first, first + 300):
+            dispatch.decide(ConvProblem(1, 2, 4 + i % 23, 4, 2, 1, 1))
+
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(12) as pool:
+            list(pool.map(work, range(0, 84, 7)))
+    finally:
+        sys.setswitchinterval(before)
+    assert len(dispatch._decisions) <= 4
+    dispatch.clear()

@@ -5,15 +5,16 @@ Everything that PyTorch refuses is refused here with the same exception class, a
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor
 
-from .problem import PADDING_MODES, same_padding
+from .problem import DTYPES, PADDING_MODES, ConvProblem, same_padding
 
-__all__ = ["Arguments", "Padding", "Sizes", "check", "conv2d_output_size", "normalize", "output_size"]
+__all__ = ["Arguments", "Padding", "Sizes", "check", "check_problem", "conv2d_output_size", "normalize", "output_size"]
 
 Sizes: TypeAlias = int | Sequence[int]
 """One number for rows and columns, or two."""
@@ -172,6 +173,19 @@ def _check_mode(input_shape: Sequence[int], arguments: Arguments) -> None:
             )
         if arguments.padding_mode == "circular" and (before > size or after > size):
             raise RuntimeError("Padding value causes wrapping around more than once.")
+
+
+def check_problem(problem: ConvProblem) -> None:
+    """Raise ValueError where a problem, whose text may say anything, is no convolution of tensors that 64 bits can address."""
+    arguments = Arguments(problem.stride, problem.padding, problem.dilation, problem.g, problem.padding_mode)
+    try:
+        arguments = normalize((problem.r, problem.s), *arguments)
+        check(problem.input_shape, problem.weight_shape, None, arguments)
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"not a convolution: '{problem}': {error}") from None
+    for shape in (problem.input_shape, problem.weight_shape, problem.output_shape):
+        if math.prod(shape) * DTYPES[problem.dtype] >= 2**63:
+            raise ValueError(f"not a convolution: '{problem}': a tensor of size {list(shape)} is beyond 64 bits")
 
 
 def output_size(input_size: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]) -> tuple[int, int]:

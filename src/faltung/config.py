@@ -54,8 +54,23 @@ class Options:
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"faltung option {name} must be one of {', '.join(choices)}; got {getattr(self, name)!r}")
+        for option in fields(self):
+            if option.init:
+                _check_kind(option.name, option.default, getattr(self, option.name))
         values = tuple(getattr(self, option.name) for option in fields(self) if option.init)
         object.__setattr__(self, "token", _tokens.setdefault(values, len(_tokens)))
+
+
+def _check_kind(name: str, default: Any, value: Any) -> None:
+    """Raise ValueError for a value of another kind than the option's start value: ``reproducible="no"`` would count as true."""
+    if isinstance(default, bool):
+        good, kind = isinstance(value, bool), "True or False"
+    elif isinstance(default, int):
+        good, kind = isinstance(value, int) and value >= 0, "a whole number, not negative"
+    else:
+        good, kind = value is None or isinstance(value, (str, os.PathLike)), "a text or None"
+    if not good:
+        raise ValueError(f"faltung option {name} must be {kind}; got {value!r}")
 
 
 def from_environment(environment: Mapping[str, str]) -> Options:

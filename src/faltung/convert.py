@@ -124,7 +124,9 @@ def _make_class(cls: Any) -> Any:
 
 
 def _reduce(module: Any, protocol: Any) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:  # noqa: ARG001
-    return _blank, (module._converted_from,), dict(vars(module))
+    # the class may leave something out of its state (a lock, a file); before Python 3.11 only a class that does so has the method
+    state = module.__getstate__() if hasattr(module, "__getstate__") else dict(vars(module))
+    return _blank, (module._converted_from,), state
 
 
 def _blank(cls: type[Any]) -> Any:

@@ -7,6 +7,7 @@ is used; asking for one by name is strict.
 from __future__ import annotations
 
 import importlib
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -98,6 +99,7 @@ _ENGINES = {"cpu": "faltung.cpu", "cuda": "faltung.cuda"}
 _TUNERS = {"cpu": "faltung.cpu.tuner"}
 _CACHE_LIMIT = 4096
 _decisions: dict[tuple[ConvProblem, str, config.Options, int], Decision] = {}
+_lock = threading.Lock()
 
 
 def available(engine: str) -> bool:
@@ -133,9 +135,10 @@ def decide(problem: ConvProblem, engine: str = "cpu", threads: int = 1) -> Decis
     found = _decisions.get(entry)
     if found is None:
         found = _decide(problem, engine, options, threads)
-        if len(_decisions) >= _CACHE_LIMIT:
-            _decisions.pop(next(iter(_decisions)))
-        _decisions[entry] = found
+        with _lock:  # two threads must not drop the same oldest entry
+            if len(_decisions) >= _CACHE_LIMIT:
+                del _decisions[next(iter(_decisions))]
+            _decisions[entry] = found
     return found
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import config, dispatch, layout
-from .arguments import Arguments
+from .arguments import Arguments, check_problem
 from .functional import reason_for_stock, resolve
 from .nn import Conv2d, LazyConv2d, padding_of
 from .prepared import DTYPE_NAMES, Prepared, engine_for, kind_of, prepare
@@ -81,11 +81,12 @@ def explain(
     Takes a problem, or the text of one, for one direction; a ``torch.nn.Conv2d`` and an input for it, for every direction; or a model and an input,
     which is called once with it, for every ``torch.nn.Conv2d`` in the model.  ``measure`` also times each on random operands.
 
-    Raises TypeError where a module comes without input, ValueError for a text that is no problem, Unsupported where no implementation accepts.
+    Raises TypeError where a module comes without input, ValueError for a problem that is none, Unsupported where no implementation accepts.
     """
     if isinstance(module_or_problem, str):
         module_or_problem = ConvProblem.parse(module_or_problem)
     if isinstance(module_or_problem, ConvProblem):
+        check_problem(module_or_problem)
         engine = "cpu" if config.current().engine == "auto" else config.current().engine
         return Explanation((_explain_problem(module_or_problem, torch.device(engine), measure),))
     if input is None:
@@ -115,7 +116,7 @@ def _explain_layer(layer: str, module: torch.nn.Conv2d, x: Tensor, measure: bool
     form = resolve(x, weight, bias, module.stride, padding_of(module), module.dilation, module.groups, module.padding_mode)
     call = prepare(x, weight, bias, form)
     if call.problem.empty:
-        return (ProblemExplanation(call.problem, "faltung", None, reason="without elements: nothing is launched", layer=layer),)
+        return (replace(_explain_problem(call.problem, x.device, measure), layer=layer),)
     explained = []
     for direction in DIRECTIONS:
         problem = call.problem.with_direction(direction, bias=bias is not None and direction != "grad_input")
@@ -125,6 +126,8 @@ def _explain_layer(layer: str, module: torch.nn.Conv2d, x: Tensor, measure: bool
 
 
 def _explain_problem(problem: ConvProblem, device: torch.device, measure: bool, frozen: bool = False) -> ProblemExplanation:
+    if problem.empty:
+        return ProblemExplanation(problem, "faltung", None, reason="without elements: nothing is launched")
     threads = torch.get_num_threads() if device.type == "cpu" else 1
     engine = engine_for(device)
     decision = dispatch.decide(problem, engine, threads)

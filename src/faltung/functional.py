@@ -6,6 +6,7 @@ call (a compiler, a transform, a mode, a subclass of Tensor) gets a registered o
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -150,10 +151,19 @@ def _general(x: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any) ->
     device_type = x.device.type
     if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
         x, weight, bias = ops.autocast_to(device_type, x, weight, bias)
-    if reason_for_stock(x, weight, bias) is not None:
+    if reason_for_stock(x, weight, bias) is not None or _exporting_to_onnx():
         return _stock(x, weight, bias, *arguments)
     form = resolve(x, weight, bias, *arguments)
     return _operator(x, weight, bias, form)
+
+
+def _exporting_to_onnx() -> bool:
+    """Whether the caller is one of PyTorch's exporters to ONNX, whose graphs have a node for PyTorch's convolution and none for ours."""
+    onnx = sys.modules.get("torch.onnx")  # importing it takes longer than importing faltung
+    return onnx is not None and bool(onnx.is_in_onnx_export())
+
+
+_exporting_to_onnx._dynamo_marked_constant = True  # type: ignore[attr-defined] # torch.compile need not look into the modules loaded
 
 
 def resolve(x: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any) -> Arguments:

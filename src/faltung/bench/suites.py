@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from importlib import resources
 from typing import TYPE_CHECKING
 
+from ..arguments import check_problem
 from ..problem import DIRECTIONS, DTYPES, FORMATS, ConvProblem, Direction, Format
 
 if TYPE_CHECKING:
@@ -101,7 +102,12 @@ def expand(
     formats: Sequence[Format] = FORMATS,
     batches: Sequence[int] = (),
 ) -> list[Case]:
-    """Every case of ``layers``: each direction, type and batch size that a layer's text does not fix itself; no batches: as written."""
+    """Every case of ``layers``: each direction, type and batch size that a layer's text does not fix itself; no batches: as written.
+
+    Raises ValueError for a batch size that is not positive.
+    """
+    if any(n < 1 for n in batches):
+        raise ValueError(f"batch sizes must be positive; got {', '.join(map(str, batches))}")
     cases: list[Case] = []
     for layer in layers:
         at = layer.problem
@@ -184,7 +190,9 @@ def _torchvision_layers(name: str) -> list[Layer]:
 
 def _layer(suite: str, name: str, count: int, text: str) -> Layer:
     fixed = frozenset(text.split()) & {*DIRECTIONS, *DTYPES, *FORMATS}
-    return Layer(suite, name, count, ConvProblem.parse(text), fixed)
+    problem = ConvProblem.parse(text)
+    check_problem(problem)
+    return Layer(suite, name, count, problem, fixed)
 
 
 def _folder() -> Traversable:

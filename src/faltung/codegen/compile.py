@@ -95,27 +95,31 @@ def _key(text: str, target: Target) -> str:
 
 
 def cache_folder() -> Path | None:
-    """The folder of compiled kernels, made private to its owner; None where there is none or it is not safe to use."""
+    """The folder of compiled kernels, to which nobody but its owner may write; None where there is none or it is not safe to use.
+
+    Where others may write to the folder that was asked for (``/tmp``, a group's folder), it is one of our own in there.
+    """
     wanted = config.current().cache_dir
     if wanted == "":
         return None
     folder = Path(wanted) if wanted is not None else user_cache_path("faltung", appauthor=False) / "kernels"
-    return folder if _usable(str(folder)) else None
+    return _usable(str(folder))
 
 
 @lru_cache(maxsize=16)
-def _usable(name: str) -> bool:
+def _usable(name: str) -> Path | None:
     folder = Path(name)
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         facts = folder.stat()
-        if hasattr(os, "getuid") and facts.st_uid != os.getuid():
-            return False
-        if stat.S_IMODE(facts.st_mode) & 0o022:
-            folder.chmod(0o700)
-        return os.access(folder, os.R_OK | os.W_OK | os.X_OK)
+        if facts.st_mode & 0o022:  # its mode is somebody's choice: to take /tmp from everybody else would break the machine
+            folder /= f"faltung-{os.getuid()}" if hasattr(os, "getuid") else "faltung"
+            folder.mkdir(mode=0o700, exist_ok=True)
+            facts = folder.lstat()  # of a link in there, which may be another's, and is no folder
+        safe = stat.S_ISDIR(facts.st_mode) and not facts.st_mode & 0o022 and (not hasattr(os, "getuid") or facts.st_uid == os.getuid())
+        return folder if safe and os.access(folder, os.R_OK | os.W_OK | os.X_OK) else None
     except OSError:
-        return False
+        return None
 
 
 def cache_size() -> int:
