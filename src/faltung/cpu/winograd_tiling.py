@@ -20,7 +20,8 @@ __all__ = ["WinogradConfig", "candidates", "choose_config", "density", "direct_c
 _CALL_CYCLES = 25.0  # of one call of the GEMM: arguments, start of the pipeline
 _NEAR_BYTES = 40.0  # a cycle, from the second-level cache
 _READ_BYTES = 30.0  # a cycle, streamed from the third-level cache during the products
-_PIECES = {"nhwc": 0.965, "nchw": 0.885}  # by pieces: measured over predicted, beside direct convolution's
+_PIECES = {("nhwc", 64): 0.965, ("nchw", 64): 0.885, ("nhwc", 32): 1.12, ("nchw", 32): 0.885}
+"""By pieces: measured over predicted, beside direct convolution's; by format and bytes of a vector (shorter ones as of 32)."""
 _SUM_BYTES = 64.0  # a cycle, of M from and to the second-level cache, beside the products
 _STREAM_BYTES = 16.0  # a cycle, of U from memory: each panel is asked for ahead
 _WRITE_BYTES = 8.0  # a cycle, to the third-level cache and back into the second
@@ -216,7 +217,7 @@ def predict(problem: ConvProblem, target: Target, threads: int, config: Winograd
         if roles.by_pieces:
             streamed = 3 * u * part
             task = (gemm - panels * v / near_bytes) * part + config.tiles * (1.25 * load + store * part) + streamed / read + _TASK_CYCLES
-            task = (task + 2 * m * share_panels * pieces / _SUM_BYTES) * _PIECES[problem.format]
+            task = (task + 2 * m * share_panels * pieces / _SUM_BYTES) * _PIECES[problem.format, max(32, target.vector_bytes)]
             m = 0
         if m > target.l2:
             task += 2 * m * share_panels / read_bytes
