@@ -43,7 +43,7 @@ _COSTS = {"row_cycles": 1 / 8, "latency": 4.5}  # 4x3 is 5 to 10 % faster than 6
 _FAR_CYCLES = 1 / 12  # of a byte of the weight that no cache of the core holds, for each time that it is read; where the shared cache is fast it costs nothing
 _UNEVEN = 0.1  # of a task: cores are never equally fast, and the last task is waited for
 _ADVANTAGE = {32: 0.85, 64: 0.9}  # by bytes of a vector; the other model leaves out the packing of weights and transposed stores: below these ratios lie losses
-_MANY_PIXELS = 256, 0.79  # with AVX2 and from so many pixels on, 1x1 layers with stride 1
+_MANY_PIXELS = 3, 0.78  # with AVX2, 1x1 layers with stride 1 of a third as many pixels as output channels
 _STRIDED = 64, 0.73  # with AVX2 and from so many source channels on, layers with a stride: the other model leaves out the picking of every second pixel too
 _FEW_PIXELS = 64  # several images of 7x7, 1x1 layers: up to 0.75 of the packed kernel's speed, which packs once and reads weights once for each image
 _FROZEN_ADVANTAGE = {32: 0.93, 64: 0.9}  # with weights that are packed already, by bytes of a vector: with AVX2 7x7 layers take 0.8 of the time, 14x14 ones 1.1
@@ -132,7 +132,7 @@ def _least_ratio(problem: ConvProblem, target: Target) -> float:
     sizes = _Sizes(problem, target)
     if target.vector_bytes == 32 and problem.stride != (1, 1) and sizes.roles.source_channels >= _STRIDED[0]:
         return _STRIDED[1]
-    if target.vector_bytes == 32 and sizes.joined and sizes.pixels >= _MANY_PIXELS[0]:
+    if target.vector_bytes == 32 and sizes.joined and _MANY_PIXELS[0] * sizes.pixels >= sizes.roles.out_channels:
         return _MANY_PIXELS[1]
     return _ADVANTAGE.get(target.vector_bytes, 0.0)
 
