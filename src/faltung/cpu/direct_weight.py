@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -32,6 +33,12 @@ _ENOUGH_BLOCKS = 8
 _PARTIAL_BYTES = 16 << 20
 _PART_PIXELS = {"nchw": 1024, "nhwc": 96}  # at least: a part's sums go through memory; but in nhwc packing twice costs as much
 _LEAST_SIDE = 128  # channels of a block that is not halved
+_LEAST_SIDE_OF_ONE = 32  # the same where it is the only task: one thread would do everything (1x1, 120x28x28 to 40: 171 us in one task, 102 in two)
+_FEW_PIXELS = 1024  # up to so many, what is done once for each weight counts:
+_FEW_BYTES = 512 << 10  # of partial sums: more are slower than smaller blocks (1x1 nhwc, 768x20x20 to 512: 3.5 ms in three parts, 2.3 in one)
+_MANY_WEIGHTS = 1 << 20  # from so many on, writing them to nhwc does:
+_RUN_BYTES = 512  # what a block then writes side by side, at most, for a tap of an output channel; 136 bytes at a time 512 channels took 1.25 times as long
+_LEAST_WIDTH = 64  # output channels of a block that is not made narrower for it
 _ROW_CYCLES = 1 / 8  # blocks of 6x4 beat 14x2 by up to 6 %, and are never slower
 _BLOCK_BYTES = 320 << 10  # of partial sums that a task works on: they stay in the second-level cache
 _PANEL_BYTES = 192 << 10
@@ -56,16 +63,27 @@ def _block_sides(problem: ConvProblem, lanes: int, size: int, most_parts: int) -
     vectors, taps = -(-problem.kg // lanes), problem.r * problem.s
     # Each block of output channels packs x anew, which takes long where columns are picked out of rows: there blocks are twice as wide.
     picked = problem.format == "nchw" and problem.stride[1] > 1 and taps <= 4
+
+    def fitting(width: int) -> int:
+        return max(1, min(problem.cg, _BLOCK_BYTES // (taps * width * lanes * size)))
+
     width = max(1, min(vectors, (512 if picked else 256) // lanes))
-    channels = max(1, min(problem.cg, _BLOCK_BYTES // (taps * width * lanes * size)))
-    # Where the pixels are too few to share out, blocks are halved: what is packed twice costs less than partial sums in memory.
-    while problem.g * -(-problem.cg // channels) * -(-vectors // width) * most_parts < _ENOUGH_BLOCKS:
-        if max(channels, 0 if picked else width * lanes) <= _LEAST_SIDE:
-            break
-        if width * lanes > channels and not picked:
+    channels = fitting(width)
+    few = problem.n * problem.p * problem.q <= _FEW_PIXELS
+    if few and problem.weight_format == "nhwc" and taps > 1 and math.prod(problem.weight_shape) >= _MANY_WEIGHTS:
+        while channels < problem.cg and channels * size < _RUN_BYTES and width * lanes > _LEAST_WIDTH:
             width = -(-width // 2)
-        else:
-            channels = -(-channels // 2)
+            channels = fitting(width)
+    parts = 1 if few and taps * problem.cg * vectors * lanes * size * problem.g >= _FEW_BYTES else most_parts
+    # Where the pixels are too few to share out, blocks are halved: what is packed twice costs less than partial sums in memory.
+    for enough, parts_of_pixels, least in ((_ENOUGH_BLOCKS, parts, _LEAST_SIDE), (2, most_parts, _LEAST_SIDE_OF_ONE)):
+        while problem.g * -(-problem.cg // channels) * -(-vectors // width) * parts_of_pixels < enough:
+            if max(channels, 0 if picked else width * lanes) <= least:
+                break
+            if width * lanes > channels and not picked:
+                width = -(-width // 2)
+            else:
+                channels = -(-channels // 2)
     return channels, width
 
 
