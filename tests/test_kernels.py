@@ -51,7 +51,7 @@ def test_table_of_those_that_may_refuse(implementation: str, direction: Directio
 
     outcome = harness.sweep(problems, implementation, check)
     assert outcome.ran + outcome.refused == len(problems)
-    assert len(possible) // 3 <= outcome.ran <= len(possible)
+    assert len(possible) // 4 <= outcome.ran <= len(possible)  # pairs of bfloat16 leave the fewest: 8 of 28 grouped ones forward
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

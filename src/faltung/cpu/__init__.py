@@ -11,6 +11,7 @@ from .direct_weight import DIRECT_WEIGHT
 from .folded import FOLDED
 from .gemv import GEMV
 from .grouped import GROUPED
+from .outer import OUTER
 from .planes import PLANES
 from .pointwise import POINTWISE
 from .winograd import WINOGRAD
@@ -24,9 +25,10 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
     GEMV,
     AMX,
     AMX_WEIGHT,
-    GROUPED,
     WINOGRAD,
     WINOGRAD_WEIGHT,
+    OUTER,
+    GROUPED,
     PLANES,
     POINTWISE,
     DIRECT,
