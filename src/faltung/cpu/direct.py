@@ -25,7 +25,7 @@ from .target import Target
 from .tile import PAGE, Tile, align, pitches, row_pitch, weight_strides
 from .tiling import Block, choose_block, least_cycles, piece_length, split_count, tile_candidates, useful_threads
 
-__all__ = ["DIRECT", "Direct", "DirectConfig", "choose_config", "elements_apart", "offered_configs"]
+__all__ = ["DIRECT", "Direct", "DirectConfig", "choose_config", "elements_apart", "offered_configs", "packs_at_use"]
 
 _PAIR_CHUNK = 192  # bfloat16 pairs take half the time: longer pieces, for fewer trips of the sums through memory
 _ROW_CYCLES = 1 / 8  # nhwc: pixels come from the second-level cache, at distances that may share a cache set: 6x4 beats 14x2 by 2 to 15 %
@@ -275,12 +275,19 @@ DIRECT = Direct()
 _PACKING = Packing(ARGUMENTS, "pack_tasks", "tasks")
 
 
+def packs_at_use(problem: ConvProblem, target: Target, config: DirectConfig) -> bool:
+    """Whether a panel of weights is used by one task only, which packs it itself."""
+    rows, columns = axes(problem, config.tile, dense=config.layout == "inner")
+    one_tile = problem.n * -(-rows.count // config.tile[0]) * -(-columns.count // config.tile[1]) == 1
+    pairs = Numeric(problem.dtype, target).pairs  # are packed in whole runs of the weight's memory
+    return one_tile and config.orientation == "channels" and not pairs
+
+
 def build_plan(problem: ConvProblem, target: Target, threads: int, config: DirectConfig, name: str, kept: bool = False) -> CpuPlan:
     """Tables, kernel and argument block for a configuration; ``kept``: with a stage that packs all weights, for a plan that keeps them."""
     roles, numeric = Roles(problem), Numeric(problem.dtype, target)
     rows, columns = axes(problem, config.tile, dense=config.layout == "inner")
-    one_tile = problem.n * -(-rows.count // config.tile[0]) * -(-columns.count // config.tile[1]) == 1
-    at_use = one_tile and not kept and config.orientation == "channels" and not numeric.pairs  # pairs are packed in whole runs of the weight's memory
+    at_use = not kept and packs_at_use(problem, target, config)
     kernel = _kernel(problem, roles, numeric, config, columns, at_use)
     size = numeric.compute_bytes
     # Where the source is read in place, the tile's pixels are as far apart as its channels are many, those of other groups included.

@@ -51,11 +51,17 @@ class Target:
     l2: int = 1 << 20
     rates: Rates = Rates()
 
+    @property
+    def double_pumped(self) -> bool:
+        """Whether the units that compute are half as wide as a vector, which takes them two turns: in units of products, all else takes half the time."""
+        return self.vector_bytes == 64 and self.cpu in _DOUBLE_PUMPED
+
     def lanes(self, element: str) -> int:
         """Elements of a compute type (``float`` or ``double``) in one vector."""
         return self.vector_bytes // {"float": 4, "double": 8}[element]
 
 
+_DOUBLE_PUMPED = {"znver4"}
 _X86 = "x86_64-unknown-linux-gnu"
 _AVX512_FLAGS = {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512cd"}
 TARGETS: dict[str, Target] = {

@@ -27,6 +27,7 @@ _STREAM_BYTES = 16.0  # a cycle, of U from memory: each panel is asked for ahead
 _WRITE_BYTES = 8.0  # a cycle, to the third-level cache and back into the second
 _MEMORY_BYTES = 4.0  # a cycle, from memory, where a matrix does not fit the caches
 _WEIGHT_BYTES = 3.0  # a cycle, of direct convolution's weights: read, packed, read again
+_AT_USE_BYTES = {64: 8.0}  # of those that are packed where they are used, by bytes of a vector (AVX2: no difference was measured)
 _SHARED_CACHE = 24 << 20
 _TASK_CYCLES = 400.0
 _FORK_CYCLES = 6000.0
@@ -88,9 +89,10 @@ def choose_kept(problem: ConvProblem, target: Target, threads: int, algorithm: A
     return min(found, key=lambda c: c.cycles)
 
 
-def direct_cycles(problem: ConvProblem, cycles: float, threads: int) -> float:
-    """Cycles of direct convolution from its own prediction (of all cores), and the way of its packed weights through memory."""
-    return cycles / threads + problem.c * problem.k * problem.r * problem.s * DTYPES[problem.dtype] / _WEIGHT_BYTES
+def direct_cycles(problem: ConvProblem, target: Target, cycles: float, threads: int, at_use: bool) -> float:
+    """Cycles of direct convolution from its own prediction (of all cores), and the way of its weights, packed before or ``at_use``, through memory."""
+    rate = _AT_USE_BYTES.get(target.vector_bytes, _WEIGHT_BYTES) if at_use else _WEIGHT_BYTES
+    return cycles / threads + problem.c * problem.k * problem.r * problem.s * DTYPES[problem.dtype] / rate
 
 
 def _tile_count(roles: Roles, algorithm: Algorithm) -> int:
