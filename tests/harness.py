@@ -121,8 +121,8 @@ def equal_where_not_finite(left: testing.Result, right: testing.Result) -> bool:
 def verify(plan: dispatch.Plan, *, exact: bool = True, bound: float = 0.0, shift: int = 0, seed: int = 1, whole: float | None = None) -> str | None:
     """What is wrong with the plan's results, or None.
 
-    ``exact``: whole numbers must come out exactly; with ``whole``, where all sums are at most that.  ``bound``: the relative L2 error that an algorithm of fewer multiplications may have; without
-    one :func:`faltung.testing.error_bound` holds.
+    ``exact``: whole numbers must come out exactly; with ``whole``, where all sums are at most that.  ``bound``: the relative L2 error that an algorithm of
+    fewer multiplications may have; without one :func:`faltung.testing.error_bound` holds.
     """
     return (_inexact(plan, shift, whole) if exact else None) or deviation(plan, bound=bound, shift=shift, seed=seed)
 

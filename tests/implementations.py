@@ -22,7 +22,7 @@ def _winograd(p: ConvProblem) -> bool:
         return False
     most = 3 if p.dtype == "f64" else 5  # taps of a component: with more, transforms round whole numbers
     if p.direction == "grad_weight":
-        return (p.r, p.s, p.stride, p.dilation) == (3, 3, (1, 1), (1, 1)) and p.c >= 16
+        return (p.r, p.s, p.stride) == (3, 3, (1, 1)) and max(p.dilation) <= 64 and p.c >= 16
     if p.stride == (1, 1):
         return p.r == p.s and 2 <= p.r <= most and max(p.dilation) <= 64 and p.c >= 16
     square = (p.r + 1) // 2 == (p.s + 1) // 2 and 3 <= p.r <= 2 * most

@@ -53,6 +53,26 @@ def check(problem: ConvProblem, algorithm: Algorithm, step: int = 0) -> None:
             assert relative(got, true) <= bound, configuration
 
 
+DILATED = (
+    "n1c17h9w11k19r3s3 p2 d2 bias",
+    "n2c33h16w33k32r3s3 p4 d4",
+    "n1c16h7w40k16r3s3 p3,1,0,5 d1x5 bias",
+    "n1c20h40w6k18r3s3 p1 d3x1 reflect",
+    "n1c16h5w5k16r3s3 p12 d12 bias",  # residues of one output, and of none that reads the middle
+    "n1c16h70w9k16r3s3 p64 d64x2",
+    "n3c24h13w150k21r3s3 p2 d2 circular",
+)
+
+
+@pytest.mark.parametrize("memory_format", ["nchw", "nhwc"])
+@pytest.mark.parametrize("algorithm", list(ALGORITHMS))
+@pytest.mark.parametrize("text", DILATED)
+def test_dilated(text: str, algorithm: str, memory_format: str) -> None:
+    problem = parse(f"grad_weight f32 {memory_format} {text}")
+    check(problem, ALGORITHMS[algorithm], step=7)
+    check(replace(problem, weight_format="nhwc"), ALGORITHMS[algorithm])
+
+
 @pytest.mark.parametrize("memory_format", ["nchw", "nhwc"])
 @pytest.mark.parametrize("algorithm", list(ALGORITHMS))
 def test_sizes_around_the_tiles(algorithm: str, memory_format: str) -> None:

@@ -83,8 +83,8 @@ def refusal(problem: ConvProblem) -> str | None:
 def _form_refusal(problem: ConvProblem) -> str | None:
     """What is wrong with kernel, stride and dilation."""
     taps = Roles(problem).form.taps
-    if problem.direction == "grad_weight" and ((problem.r, problem.s) != (3, 3) or problem.stride != (1, 1) or problem.dilation != (1, 1)):
-        return "the weight's gradient for 3x3 kernels with stride 1 and dilation 1 only"
+    if problem.direction == "grad_weight" and ((problem.r, problem.s) != (3, 3) or problem.stride != (1, 1)):
+        return "the weight's gradient for 3x3 kernels with stride 1 only"
     if problem.stride not in ((1, 1), (2, 2)) or (problem.stride == (2, 2) and problem.dilation != (1, 1)):
         return "stride 1, or 2 with dilation 1, only"
     if taps[0] != taps[1] or taps[0] not in ALGORITHMS:

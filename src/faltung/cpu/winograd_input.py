@@ -18,7 +18,7 @@ from .winograd_form import PLAIN, Form, Table, table_pitch, tile_starts
 from .winograd_transform import Algorithm, Transform1d, emit_input_1d, emit_lift_1d, transform_2d
 
 __all__ = [
-    "GRADIENT_ARGUMENTS", "INPUT_ARGUMENTS", "LIFT", "LIFT_SUMS", "STRIP_ARGUMENTS", "STRIP_TILES", "Strips", "channel_start", "emit_input", "in_strip",
+    "GRADIENT_ARGUMENTS", "INPUT", "INPUT_ARGUMENTS", "LIFT", "LIFT_SUMS", "STRIP_ARGUMENTS", "STRIP_TILES", "Strips", "channel_start", "emit_input", "in_strip",
     "strip_bytes", "strip_groups", "strip_table", "tile_rows", "transform_tile",
 ]  # fmt: skip
 
@@ -33,7 +33,7 @@ STRIP_ARGUMENTS = ("column_group", "column_spread", "strip_tiles", "strip_table"
 """Of kernels for dilated layers in nchw: residues of columns, the distance of a tile's columns, tiles of a strip (whole groups of residues), and for each of
 them how many bytes behind the first one's its first pixel lies."""
 
-_SHARED = ("tiles_p", "tiles_q", "zeros")
+_SHARED = ("tiles_p", "tiles_q", "zeros", *STRIP_ARGUMENTS)
 GRADIENT_ARGUMENTS = tuple(f"gradient_{name}" for name in INPUT_ARGUMENTS if name not in _SHARED)
 """The same of the gradient of y."""
 

@@ -1,4 +1,4 @@
-"""Winograd's algorithm for the weight's gradient (and the bias's), 3x3 with stride 1."""
+"""Winograd's algorithm for the weight's gradient (and the bias's), 3x3 with stride 1 and any dilation."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from .target import Target
 from .tile import PAGE, align, odd_lines
 from .winograd import refusal
 from .winograd_form import Reads, tile_starts
-from .winograd_input import strip_bytes
+from .winograd_input import strip_bytes, strip_groups, strip_table
 from .winograd_kernel import LINE
 from .winograd_transform import ERROR_LIMIT, sum_error
 from .winograd_weight_kernel import ARGUMENTS, WinogradWeightKernel
-from .winograd_weight_tiling import WinogradWeightConfig, choose_config, direct_cycles, tile_counts
+from .winograd_weight_tiling import WinogradWeightConfig, choose_config, direct_cycles, residues, tile_counts
 
 __all__ = ["WINOGRAD_WEIGHT", "WinogradWeight", "build_plan"]
 
@@ -53,7 +53,8 @@ class _Layout:
         self.s_at = align(self.w_at + w) + 3 * LINE
         self.block_sums_at = align(self.s_at + s)
         self.strip_at = align(self.block_sums_at + self.sum_pitch)
-        self.scratch_size = align(self.strip_at + strip_bytes(config.algorithm, numeric) + _SLACK, PAGE) + 9 * LINE
+        strip = strip_bytes(config.algorithm, numeric, problem.dilation[1], residues(problem)[1])
+        self.scratch_size = align(self.strip_at + strip + _SLACK, PAGE) + 9 * LINE
         self.workspace = self.scratch_at + threads * self.scratch_size
 
 
@@ -63,26 +64,31 @@ def build_plan(problem: ConvProblem, target: Target, threads: int, config: Winog
     narrow = -(-problem.c // numeric.lanes) % config.vectors != 0
     kernel = WinogradWeightKernel(
         target, problem.dtype, config.algorithm.m, problem.format, problem.weight_format, config.rows, config.vectors, narrow, config.parts == 1,
-        problem.epilogue.bias,
+        problem.epilogue.bias, problem.format == "nchw" and problem.dilation[1] > 1,
     )  # fmt: skip
     layout = _Layout(problem, numeric, config, threads)
     zeros = np.zeros((max(problem.c, problem.k) + 64) * numeric.compute_bytes, np.uint8)
     left, _, top, _ = problem.padding
     m = config.algorithm.m
     nhwc = problem.format == "nhwc"
-    starts = tile_starts(layout.tiles_p, m, 1, 1), tile_starts(layout.tiles_q, m, 1, 1)
-    image = Reads((problem.h, problem.w), problem.c, config.algorithm.n, (top, left), problem.padding_mode, element=numeric.memory_bytes).tables(starts, nhwc)
-    gradient = Reads((problem.p, problem.q), problem.k, m, (0, 0), element=numeric.memory_bytes).tables(starts, nhwc)
+    step, groups, element = problem.dilation, residues(problem), numeric.memory_bytes
+    starts = tile_starts(layout.tiles_p, m, step[0], groups[0]), tile_starts(layout.tiles_q, m, step[1], groups[1])
+    image = Reads((problem.h, problem.w), problem.c, config.algorithm.n, (top, left), problem.padding_mode, step, element=element).tables(starts, nhwc)
+    gradient = Reads((problem.p, problem.q), problem.k, m, (0, 0), step=step, element=element).tables(starts, nhwc)
+    strips = strip_table(m, numeric, step[1], groups[1])
     values = _values(problem, numeric, config, layout, kernel)
     values |= _source("", numeric, problem.c, problem.h, problem.w, left, nhwc, image)
     values |= _source("gradient_", numeric, problem.k, problem.p, problem.q, 0, nhwc, gradient)
-    values |= {"zeros": zeros.ctypes.data}
+    values |= {
+        "zeros": zeros.ctypes.data, "column_group": groups[1], "column_spread": step[1], "strip_tiles": strip_groups(groups[1]) * groups[1],
+        "strip_table": strips.ctypes.data,
+    }  # fmt: skip
     facts = {
         "tile": f"{m}x{m}", "parts": config.parts, "block_tiles": config.block_tiles, "blocks": config.k_blocks * config.c_blocks,
         "predicted_cycles": config.cycles / threads, "error_bound": sum_error(config.error_bound, problem.dtype),
         "products": layout.tiles * config.algorithm.n**2 * problem.c * problem.k,
     }  # fmt: skip
-    tables = (*image, *gradient, zeros)
+    tables = (*image, *gradient, zeros, strips)
     return CpuPlan(problem, name, load(kernel.name, target, kernel.emit), ARGUMENTS.pack(threads, values), tables, layout.workspace, facts)
 
 

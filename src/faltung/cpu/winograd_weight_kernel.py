@@ -24,7 +24,7 @@ from ..codegen.entry import ArgumentBlock, Task, emit_entry
 from ..codegen.numeric import Numeric
 from .target import Target
 from .winograd_gemm import Panels
-from .winograd_input import GRADIENT_ARGUMENTS, INPUT_ARGUMENTS, LIFT, LIFT_SUMS, channel_start, emit_input
+from .winograd_input import GRADIENT_ARGUMENTS, INPUT, INPUT_ARGUMENTS, LIFT, LIFT_SUMS, STRIP_ARGUMENTS, channel_start, emit_input
 from .winograd_transform import F2, F4
 from .winograd_weight_gemm import emit_weight_multiply
 from .winograd_weight_output import emit_reduce, emit_sum_parts
@@ -33,7 +33,7 @@ __all__ = ["ARGUMENTS", "WinogradWeightKernel"]
 
 ARGUMENTS = ArgumentBlock(
     (
-        *INPUT_ARGUMENTS, *GRADIENT_ARGUMENTS,
+        *INPUT_ARGUMENTS, *GRADIENT_ARGUMENTS, *STRIP_ARGUMENTS,
         "tasks", "finish_tasks", "tiles", "parts", "part_tiles", "block_tiles", "c_blocks", "block_panels", "panels", "wide_panels", "k_blocks", "k_vectors",
         "sum_pitch", "v_point", "v_pitch", "w_point", "w_pitch", "s_point", "s_panel", "sums_at", "partial_at", "partial_part", "partial_k", "partial_tap",
         "k_pitch", "tap_pitch", "channel_pitch", "scratch_at", "scratch_size", "w_at", "s_at", "block_sums_at", "strip_at",
@@ -49,7 +49,7 @@ class WinogradWeightKernel:
     """What a kernel is made for; everything else is an argument.
 
     ``m``: pixels of a tile's side; ``rows`` x ``vectors`` accumulators; ``narrow``: panels one vector narrower are needed too;
-    ``single``: the tiles are one part; ``bias``: the bias gradient is wanted.
+    ``single``: the tiles are one part; ``bias``: the bias gradient is wanted; ``dilated``: nchw's tiles lie in groups of residues.
     """
 
     target: Target
@@ -62,10 +62,11 @@ class WinogradWeightKernel:
     narrow: bool
     single: bool
     bias: bool
+    dilated: bool = False
 
     @property
     def name(self) -> str:
-        flags = "".join(letter for letter, set_ in zip("n1b", (self.narrow, self.single, self.bias)) if set_)
+        flags = "".join(letter for letter, set_ in zip("n1bd", (self.narrow, self.single, self.bias, self.dilated)) if set_)
         shape = f"{self.rows}x{self.vectors}{'_' + flags if flags else ''}"
         return f"winograd_F{self.m}_{self.dtype}_grad_weight_{self.format}_w{self.weight_format}_{shape}_{self.target.isa}"
 
@@ -101,8 +102,10 @@ class _Builder(Panels):
         partial = Numeric("f64" if kernel.dtype == "f64" else "f32", kernel.target)
         self.algorithm = F4 if kernel.m == 4 else F2
         self.points = self.algorithm.n**2
-        self.input = emit_input(module, ARGUMENTS, numeric, self.algorithm, kernel.format)
-        self.lift = emit_input(module, ARGUMENTS, numeric, self.algorithm, kernel.format, LIFT_SUMS if kernel.bias else LIFT)
+        self.input, self.lift = (
+            emit_input(module, ARGUMENTS, numeric, self.algorithm, kernel.format, gather, dilated=kernel.dilated)
+            for gather in (INPUT, LIFT_SUMS if kernel.bias else LIFT)
+        )
         self.multiply = {v: emit_weight_multiply(module, numeric, self.points, kernel.rows, v) for v in self.widths}
         self.reduce = emit_reduce(module, *((numeric, self.algorithm, kernel.weight_format) if kernel.single else (partial, self.algorithm, "nhwc")))
         self.sum_parts = None if kernel.single else emit_sum_parts(module, numeric, kernel.weight_format)

@@ -15,7 +15,7 @@ from .winograd_gemm import gemm_rows
 from .winograd_tiling import panel_vectors
 from .winograd_transform import ERROR_LIMIT, F2, F4, Algorithm
 
-__all__ = ["WinogradWeightConfig", "candidates", "choose_config", "direct_cycles", "predicted", "tile_counts"]
+__all__ = ["WinogradWeightConfig", "candidates", "choose_config", "direct_cycles", "predicted", "residues", "tile_counts"]
 
 _CALL_CYCLES = 30.0  # of one call of the GEMM
 _NEAR_BYTES = 32.0  # a cycle, of the sums, from and to the second-level cache
@@ -60,8 +60,14 @@ class WinogradWeightConfig:
 
 
 def tile_counts(problem: ConvProblem, algorithm: Algorithm) -> tuple[int, int]:
-    """Rows and columns of tiles of one image."""
-    return -(-problem.p // algorithm.m), -(-problem.q // algorithm.m)
+    """Rows and columns of tiles of one image, of all residues."""
+    rows, columns = (g * -(-size // (d * algorithm.m)) for g, size, d in zip(residues(problem), (problem.p, problem.q), problem.dilation))
+    return rows, columns
+
+
+def residues(problem: ConvProblem) -> tuple[int, int]:
+    """Residues of the rows and of the columns of outputs, see :mod:`faltung.cpu.winograd_form`."""
+    return min(problem.dilation[0], problem.p), min(problem.dilation[1], problem.q)
 
 
 @lru_cache(maxsize=1024)
@@ -96,6 +102,8 @@ def candidates(problem: ConvProblem, target: Target, algorithm: Algorithm) -> It
                     block = -(-part // -(-part // size))
                     if tiles_q <= block:  # whole rows of tiles: nchw transposes a row's tiles at once
                         block = -(-block // tiles_q) * tiles_q
+                    elif problem.format == "nchw":  # and whole groups of residues
+                        block = -(-block // residues(problem)[1]) * residues(problem)[1]
                     part_tiles = -(-part // block) * block
                     shape = -(-tiles // part_tiles), part_tiles, block
                     found.add(WinogradWeightConfig(algorithm, rows, vectors, block_panels, c_blocks, k_blocks, *shape))
