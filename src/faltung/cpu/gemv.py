@@ -20,7 +20,8 @@ from .tiling import useful_threads
 __all__ = ["GEMV", "Gemv", "choose_config"]
 
 _MOST_PIXELS = {"forward": 32, "grad_input": 32, "grad_weight": 64}
-_MOST_OF_LONG_ROWS = 64  # forward with AVX-512 and twice as many input as output channels: 672 to 160 at 7x7 takes 55 us here, 74 in packed panels
+_MOST_OF_LONG_ROWS = 64  # forward with AVX-512, twice as many input as output channels, and so few of those that panels share them out badly:
+_FEW_ROWS = 192  # 672 to 160 at 7x7 takes 55 us here, 74 in packed panels
 _CYCLE_BYTES = 24  # of the weight, measured where it comes from the second-level cache
 
 
@@ -94,7 +95,7 @@ def _check(problem: ConvProblem) -> None:
     # Where results must be reproducible an image decides by itself, whatever the batch.
     images = 1 if options.current().reproducible and problem.direction != "grad_weight" else problem.n
     pixels = images * problem.p * problem.q
-    long_rows = problem.direction == "forward" and problem.c >= 2 * problem.k and targets.target().vector_bytes >= 64
+    long_rows = problem.direction == "forward" and problem.c >= 2 * problem.k and problem.k <= _FEW_ROWS and targets.target().vector_bytes >= 64
     most = _MOST_OF_LONG_ROWS if long_rows and problem.dtype == "f32" else _MOST_PIXELS[problem.direction]
     if pixels > most:
         raise Unsupported(f"{pixels} pixels: packing pays from {most + 1} on")

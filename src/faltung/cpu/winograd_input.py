@@ -18,8 +18,8 @@ from .winograd_form import PLAIN, Form, Table, table_pitch, tile_starts
 from .winograd_transform import Algorithm, Transform1d, emit_input_1d, emit_lift_1d, transform_2d
 
 __all__ = [
-    "GRADIENT_ARGUMENTS", "INPUT", "INPUT_ARGUMENTS", "LIFT", "LIFT_SUMS", "STRIP_ARGUMENTS", "STRIP_TILES", "Strips", "channel_start", "emit_input", "in_strip",
-    "strip_bytes", "strip_groups", "strip_table", "tile_rows", "transform_tile",
+    "GRADIENT_ARGUMENTS", "INPUT", "INPUT_ARGUMENTS", "LIFT", "LIFT_SUMS", "STRIP_ARGUMENTS", "STRIP_TILES", "Strips", "channel_start", "emit_input",
+    "in_strip", "strip_bytes", "strip_groups", "strip_table", "tile_rows", "transform_tile",
 ]  # fmt: skip
 
 INPUT_ARGUMENTS = (
