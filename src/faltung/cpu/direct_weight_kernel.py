@@ -175,6 +175,11 @@ class _Builder:
             t["panels"] = gy
         else:
             self.panels(f, task, t, lambda panel, vectors: self.pack_gradient(f, task, t, panel, vectors, gy, place))
+        if self.asks_ahead:
+            run = image_pixels * self.numeric.memory_bytes
+            t["next"] = gy + t["k0"] * task["gy_channel"] + run
+            alone = f.define("i1", f"and i1 {(task['whole_rows'] > 0).text}, {images.equals(1).text}")
+            t["run"] = f.select(alone, run, f.value(0))
         table = f.to_pointer(f.select(columns.equals(task["tile_q"]), task["pixel_offsets"], task["last_pixel_offsets"]))
         self.panels(f, task, t, lambda panel, vectors: self.panel(f, task, t, panel, vectors, table, pixels, first))
 
@@ -246,6 +251,8 @@ class _Builder:
             init_pitch = f.select(fresh, f.value(0), row_pitch)
 
             def tap(index: Value) -> None:
+                if self.asks_ahead:
+                    self.ask_ahead(f, task, t, index, start, width, f.select(t0.equals(0), t["run"], f.value(0)))
                 source = t["tile"] + f.load_index(task.table("tap_offsets"), index)
                 c = partial + index * (task["partial_tap"] * self.kernel.columns)
 
@@ -263,6 +270,22 @@ class _Builder:
                 self.add_bias(f, t["bias"] + start * size, panel, length, vectors, fresh)
 
         f.loop(0, pixels, task["chunk"], chunk)
+
+    @property
+    def asks_ahead(self) -> bool:
+        """Whether a tile's products ask for the gradient of the next one: in nchw it is a run of each plane, and with several taps there is time."""
+        return self.kernel.format == "nchw" and self.kernel.layout != "inner" and not self.numeric.pairs
+
+    def ask_ahead(self, f: Function, task: Task, t: dict[str, Value], tap: Value, start: Value, width: int, run: Value) -> None:
+        """A tap's share of a panel's planes: ``run`` bytes of each of them (of a single tap that is all at once, and nothing is asked for)."""
+        taps = task["taps"]
+        run = f.select(taps > 1, run, f.value(0))
+
+        def plane(k: Value) -> None:
+            place = t["next"] + f.minimum(start + k, t["out_channels"] - 1) * task["gy_channel"]
+            f.loop(0, run, 64, lambda at: f.prefetch(place + at, 2))
+
+        f.loop(tap * width // taps, (tap + 1) * width // taps, 1, plane)
 
     def pieces(self, f: Function, total: Value, body: Callable[[Value, int], None]) -> None:
         size = self.kernel.rows
