@@ -44,7 +44,7 @@ def test_table_on_every_instruction_set(isa: str, dtype: str, implementation: st
         outcome = harness.sweep(taken, implementation, check)
     assert (outcome.ran, outcome.refused) == (len(taken), 0)
     assert set(plans) == ({isa} if taken else set())
-    assert len(taken) >= 2
+    assert len(taken) >= 2 if implementation in families(dtype) else not taken
 
 
 @each_isa()
