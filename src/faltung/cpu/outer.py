@@ -41,7 +41,7 @@ _ROWS = {32: {4: 4, 3: 8, 2: 8, 1: 12}, 16: {3: 4, 2: 5, 1: 10}}
 """Rows of accumulators by vector registers and vectors: 6x4 is 5 to 10 % slower than 4x4, whose results are written in longer runs."""
 
 # Where it is chosen, by memory format and bytes of a vector (docs/engineering/cpu-direct.md): predicted cycles of packed panels over those predicted here,
-# at least; and outputs (of all images), at most, up to which that holds.
+# at least; and outputs of an image (with AVX2 of all images), at most, up to which that holds.
 _LEAST_RATIO = {"nchw": 0.6, "nhwc": 0.82}
 _MOST_PIXELS = {("nchw", 64): 1600, ("nhwc", 64): 3200, ("nchw", 32): 400, ("nhwc", 32): 784}
 _CLEAR_RATIO = 1.5  # beyond them
@@ -187,7 +187,8 @@ class Outer:
 
 def _refuse(problem: ConvProblem, target: Target) -> None:
     """Raises :class:`Unsupported` where packed panels are predicted, or were measured, to be faster.  As it decides bits, it is made for two threads always."""
-    lanes, taps, pixels = Numeric(problem.dtype, target).lanes, problem.r * problem.s, problem.n * problem.p * problem.q
+    lanes, taps = Numeric(problem.dtype, target).lanes, problem.r * problem.s
+    pixels = problem.p * problem.q * (problem.n if target.vector_bytes == 32 else 1)
     most = _MOST_PIXELS.get((problem.format, target.vector_bytes))
     if most is None:
         raise Unsupported(f"not measured with vectors of {target.vector_bytes} bytes")
