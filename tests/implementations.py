@@ -89,7 +89,10 @@ def applicable(problem: ConvProblem, threads: int = 2) -> list[str]:
 
 
 def verify(plan: dispatch.Plan, *, shift: int = 0, seed: int = 1, any_size: bool = False) -> str | None:
-    """:func:`harness.verify` with the bound of the plan's implementation.  ``any_size``: the problem was not chosen so that folded sums of 16 bits stay exact."""
+    """:func:`harness.verify` with the bound of the plan's implementation.
+
+    ``any_size``: the problem was not chosen so that folded sums of 16 bits stay exact.
+    """
     computed_by = plan.describe().get("padded_by", plan.implementation)  # folded adds up what another implementation computed
     bound = BOUNDS.get(computed_by, 0.0) if plan.problem.dtype == "f32" else 0.0
     # Folded gradients of 16 bits are rounded before and after they are added up (docs/reproducibility.md): exact as long as whole numbers have a place each.
