@@ -51,7 +51,8 @@ def test_table_of_those_that_may_refuse(implementation: str, direction: Directio
 
     outcome = harness.sweep(problems, implementation, check)
     assert outcome.ran + outcome.refused == len(problems)
-    assert len(possible) // 4 <= outcome.ran <= len(possible)  # pairs of bfloat16 leave the fewest: 8 of 28 grouped ones forward
+    share = 4 if (implementation, dtype) == ("grouped", "bf16") else 3  # pairs of bfloat16 leave 8 of 28 forward
+    assert len(possible) // share <= outcome.ran <= len(possible)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

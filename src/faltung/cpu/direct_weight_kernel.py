@@ -274,7 +274,7 @@ class _Builder:
     @property
     def asks_ahead(self) -> bool:
         """Whether a tile's products ask for the gradient of the next one: in nchw it is a run of each plane, and with several taps there is time."""
-        return self.kernel.format == "nchw" and self.kernel.layout != "inner" and not self.numeric.pairs
+        return self.kernel.format == "nchw" and not self.numeric.pairs
 
     def ask_ahead(self, f: Function, task: Task, t: dict[str, Value], tap: Value, start: Value, width: int, run: Value) -> None:
         """A tap's share of a panel's planes: ``run`` bytes of each of them (of a single tap that is all at once, and nothing is asked for)."""
@@ -285,7 +285,8 @@ class _Builder:
             place = t["next"] + f.minimum(start + k, t["out_channels"] - 1) * task["gy_channel"]
             f.loop(0, run, 64, lambda at: f.prefetch(place + at, 2))
 
-        f.loop(tap * width // taps, (tap + 1) * width // taps, 1, plane)
+        with f.when(run > 0):
+            f.loop(tap * width // taps, (tap + 1) * width // taps, 1, plane)
 
     def pieces(self, f: Function, total: Value, body: Callable[[Value, int], None]) -> None:
         size = self.kernel.rows

@@ -46,6 +46,7 @@ _LEAST_RATIO = {"nchw": 0.6, "nhwc": 0.82}
 _MOST_PIXELS = {("nchw", 64): 1600, ("nhwc", 64): 3200, ("nchw", 32): 400, ("nhwc", 32): 784}
 _CLEAR_RATIO = 1.5  # beyond them
 _FEW_ROWS = 4  # output channels fill so small a share of a vector that packed panels waste them (64 to 2 at 256x256: 2.9 times as fast here)
+_ONE_TASK_PIXELS = 1 << 17  # of those: few output channels are few tasks, and packed panels share out the pixels among any number of threads
 _FAR_PIXELS = 2048  # bytes from a pixel to the next: with AVX2, panels of three short vectors of such pixels meet in few sets of the first-level cache
 
 _Table = npt.NDArray[np.int64]
@@ -198,7 +199,7 @@ def _refuse(problem: ConvProblem, target: Target) -> None:
         raise Unsupported("several taps: packed panels, which serve all of them, were measured to be faster")
     if target.vector_bytes == 32 and problem.format == "nhwc" and problem.c * Numeric(problem.dtype, target).memory_bytes >= _FAR_PIXELS:
         raise Unsupported("pixels are too far apart: they meet in few sets of the first-level cache")
-    if problem.format == "nhwc" and problem.kg * _FEW_ROWS <= lanes:
+    if problem.format == "nhwc" and problem.kg * _FEW_ROWS <= lanes and problem.n * problem.p * problem.q <= _ONE_TASK_PIXELS:
         return
     config = choose_config(problem, target, 2)
     row = joined(problem) if _joined(problem) else problem
@@ -244,7 +245,7 @@ def build_plan(problem: ConvProblem, target: Target, config: OuterConfig, name: 
         "pieces": len(pieces), "piece_table": pieces.ctypes.data, "taps": taps, "tap_table": tap_table.ctypes.data, "zeros": zeros.ctypes.data,
         "c_blocks": c_blocks, "block_panels": config.block_panels, "segment_panels": segment, "panels": panels, "wide_panels": wide_panels,
         "k_blocks": k_blocks, "block_groups": config.block_groups, "row_groups": groups, "wide_groups": wide_groups, "out_channels": problem.kg,
-        "group_channels": problem.cg, "sum_row": taps * sum_tap, "sum_tap": sum_tap, "sums_at": 0, "weight_row": taps * problem.cg * size,
+        "group_channels": problem.cg, "sum_row": taps * sum_tap, "sum_tap": sum_tap, "weight_row": taps * problem.cg * size,
         "scratch_at": scratch_at, "scratch_size": scratch_size,
     }  # fmt: skip
     facts = {"block": f"{rows}x{vectors}", "pieces": len(pieces), "tasks": values["tasks"], "predicted_cycles": config.cycles}

@@ -30,7 +30,7 @@ ARGUMENTS = ArgumentBlock(
     (
         "tasks", "finish_tasks", "has_bias", "bias_at", "source_image", "source_channel", "x_image", "x_row", "x_column", "x_pixel", "x_group",
         "gy_image", "gy_row", "gy_column", "gy_channel", "pieces", "piece_table", "taps", "tap_table", "zeros", "c_blocks", "block_panels", "segment_panels",
-        "panels", "wide_panels", "k_blocks", "block_groups", "row_groups", "wide_groups", "out_channels", "group_channels", "sum_row", "sum_tap", "sums_at",
+        "panels", "wide_panels", "k_blocks", "block_groups", "row_groups", "wide_groups", "out_channels", "group_channels", "sum_row", "sum_tap",
         "weight_row", "scratch_at", "scratch_size",
     )
 )  # fmt: skip
@@ -208,7 +208,7 @@ class _Builder:
 
     def stage(self, f: Function, task: Task) -> Callable[[Value], None]:
         kernel = self.kernel
-        sums = task.workspace + task["sums_at"] if kernel.gathered else task.operand("out")
+        sums = task.workspace if kernel.gathered else task.operand("out")
 
         def body(index: Value) -> None:
             k_block, rest = index % task["k_blocks"], index // task["k_blocks"]
@@ -245,7 +245,7 @@ class _Builder:
 
     def transposed(self, f: Function, task: Task, t: dict[str, Value], box: dict[str, Value], source: Value, index: Value, vectors: int) -> None:
         """nchw: one panel, after what the piece reads of it is in scratch, where pixel 0 of x need not be."""
-        start = self.start(task["wide_panels"], f, index, self.kernel.vectors) * self.numeric.lanes
+        start = self.start(f, task["wide_panels"], index, self.kernel.vectors) * self.numeric.lanes
         scratch = task.workspace + task["scratch_at"] + task.thread * task["scratch_size"]
         place = source + start * task["source_channel"] + box["first_pixel"] * self.numeric.compute_bytes
         sizes = [box["last_pixel"] - box["first_pixel"], task["group_channels"] - start, task["source_channel"]]
@@ -272,11 +272,11 @@ class _Builder:
             x_at, gy_at = x + p * task["x_row"] + q * task["x_column"] + inside["offset"], box["gy"] + p * task["gy_row"] + q * task["gy_column"]
 
             def row_group(j: Value, size_of_group: int) -> None:
-                k = self.start(task["wide_groups"], f, j, kernel.rows)
+                k = self.start(f, task["wide_groups"], j, kernel.rows)
                 gy_rows, sums = gy_at + k * task["gy_channel"], t["sums"] + number * task["sum_tap"] + k * task["sum_row"]
 
                 def panel(i: Value, vectors: int) -> None:
-                    start = self.start(task["wide_panels"], f, i, kernel.vectors) * lanes
+                    start = self.start(f, task["wide_panels"], i, kernel.vectors) * lanes
                     place, lanes_last = sums + start * size, task["group_channels"] - start - (vectors - 1) * lanes
                     before, before_row = f.select(fresh, task.table("zeros"), place), f.select(fresh, f.value(0), task["sum_row"])
                     x_panel = x_at if kernel.format == "nchw" else x_at + start * size
@@ -295,7 +295,7 @@ class _Builder:
     def add_bias(self, f: Function, task: Task, t: dict[str, Value], box: dict[str, Value]) -> None:
         """The piece's share of the gradient of the bias, of the task's rows."""
         size = self.numeric.compute_bytes
-        ends = [self.start(task["wide_groups"], f, t[name], self.kernel.rows) for name in ("first_group", "last_group")]
+        ends = [self.start(f, task["wide_groups"], t[name], self.kernel.rows) for name in ("first_group", "last_group")]
         first, last = ends[0], f.minimum(ends[1], task["out_channels"])
         gy = box["gy"] + box["first_row"] * task["gy_row"] + box["first_column"] * task["gy_column"] + first * task["gy_channel"]
         at = (t["first_k"] + first) * size
@@ -305,7 +305,7 @@ class _Builder:
         f.call(self.bias, [gy, task.workspace + task["bias_at"] + at, task.operand("bias") + at, *sizes, *pitches, *flags])
 
     @staticmethod
-    def start(wide: Value, f: Function, index: Value, size: int) -> Value:
+    def start(f: Function, wide: Value, index: Value, size: int) -> Value:
         """What lies before the index-th of ``wide`` pieces of ``size`` and others of one less."""
         return index * size - f.maximum(index - wide, 0)
 
@@ -327,7 +327,7 @@ class _Builder:
         lanes, size = numeric.lanes, numeric.compute_bytes
 
         def body(k: Value) -> None:
-            sums, out = task.workspace + task["sums_at"] + k * task["sum_row"], task.operand("out") + k * task["weight_row"]
+            sums, out = task.workspace + k * task["sum_row"], task.operand("out") + k * task["weight_row"]
             channels, taps = task["group_channels"], task["taps"]
 
             def columns(t: Value) -> None:
