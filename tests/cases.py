@@ -105,6 +105,7 @@ CASES: dict[str, tuple[str, ...]] = {
         "n1c2h20w20k3r2s2 d19",  # one output
         "n1c2h4w300k3r1s2 d1x256",
         "n1c17h11w19k16r3s3 d2 p2",
+        "n1c80h9w8k64r3s3 d6 p6",  # most taps outside, many channels
         "n2c16h7w6k18r3s3 d3x9 p3x9",  # a residue for every column
     ),
     "padding": (

@@ -47,17 +47,29 @@ def _outer(p: ConvProblem) -> bool:
     return p.direction == "grad_weight" and p.dtype in ("f32", "f64") and (p.padding_mode == "zeros" or not any(p.padding))
 
 
+def _taps(p: ConvProblem) -> bool:
+    padded = p.padding_mode != "zeros" and (any(p.padding) or p.direction == "grad_input")
+    source = p.c if p.direction == "forward" else p.k
+    return p.direction != "grad_weight" and p.dtype in ("f32", "f64") and not padded and p.g == 1 and 1 < p.r * p.s <= 256 and source >= 16
+
+
 TAKES: dict[str, Predicate] = {
+    "columns": lambda p: _zero_padded(p) and p.g == 1 and (p.r, p.s) != (1, 1),
     "direct": _zero_padded,
     "folded": lambda p: not _zero_padded(p),
     "pointwise": lambda p: _zero_padded(p) and (p.r, p.s, p.stride) == (1, 1, (1, 1)) and not any(p.padding),
     "depthwise": lambda p: _zero_padded(p) and p.depthwise,
     "winograd": _winograd,
     "outer": _outer,
+    "taps": _taps,
 }
 """Implementations that take exactly these problems when asked for by name."""
 
-MAY_TAKE: dict[str, Predicate] = {"gemv": _matrices, "planes": _planes, "grouped": lambda p: _zero_padded(p) and p.g > 1 and not p.depthwise}
+MAY_TAKE: dict[str, Predicate] = {
+    "gemv": _matrices,
+    "grouped": lambda p: _zero_padded(p) and p.g > 1 and not p.depthwise,
+    "planes": _planes,
+}
 """Implementations that refuse where they would not pay, and the only problems that they may take."""
 
 
@@ -67,7 +79,7 @@ SWEPT_APART = {"amx": ("test_amx", "test_amx_weight")}
 
 def families(dtype: str) -> set[str]:
     """Names of the implementations for this type."""
-    return {*TAKES, *MAY_TAKE} - ({"planes", "outer"} if dtype in ("bf16", "f16") else set[str]())
+    return {*TAKES, *MAY_TAKE} - ({"planes", "outer", "taps"} if dtype in ("bf16", "f16") else set[str]())
 
 
 BOUNDS = {"winograd": 1e-5}

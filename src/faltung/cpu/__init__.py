@@ -5,6 +5,7 @@ from __future__ import annotations
 from ..dispatch import Implementation
 from .amx import AMX
 from .amx_weight import AMX_WEIGHT
+from .columns import COLUMNS
 from .depthwise import DEPTHWISE
 from .direct import DIRECT
 from .direct_weight import DIRECT_WEIGHT
@@ -14,6 +15,7 @@ from .grouped import GROUPED
 from .outer import OUTER
 from .planes import PLANES
 from .pointwise import POINTWISE
+from .taps import TAPS
 from .winograd import WINOGRAD
 from .winograd_weight import WINOGRAD_WEIGHT
 
@@ -23,8 +25,10 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
     FOLDED,
     DEPTHWISE,
     GEMV,
+    COLUMNS,
     AMX,
     AMX_WEIGHT,
+    TAPS,
     WINOGRAD,
     WINOGRAD_WEIGHT,
     OUTER,

@@ -195,6 +195,8 @@ def _refuse(problem: ConvProblem, target: Target) -> None:
         raise Unsupported(f"not measured with vectors of {target.vector_bytes} bytes")
     if problem.cg < lanes:
         raise Unsupported(f"{problem.cg} input channels a group fill no vector of {lanes}")
+    if problem.cg % lanes and target.vector_bytes == 32:
+        raise Unsupported("a partial vector of input channels: AVX2's masked accesses take half of the speed")
     if taps > 1 and (problem.format == "nchw" or target.vector_bytes == 32):
         raise Unsupported("several taps: packed panels, which serve all of them, were measured to be faster")
     if target.vector_bytes == 32 and problem.format == "nhwc" and problem.c * Numeric(problem.dtype, target).memory_bytes >= _FAR_PIXELS:

@@ -30,7 +30,7 @@ from .winograd_output import output_scratch_bytes
 from .winograd_tiling import WinogradConfig, candidates, choose_config, choose_kept, density, direct_cycles
 from .winograd_transform import ALGORITHMS, ERROR_LIMIT, Algorithm, sum_error
 
-__all__ = ["WINOGRAD", "Winograd", "build_plan", "refusal"]
+__all__ = ["WINOGRAD", "Winograd", "allowed_algorithms", "build_plan", "refusal"]
 
 _SLACK = 1024
 _LEAST_CHANNELS = 16  # a vector of the widest target, of float32
@@ -51,7 +51,7 @@ def algorithms(problem: ConvProblem) -> tuple[Algorithm, ...]:
     return tuple(a for a in found if a.exact) if problem.dtype == "f64" else found
 
 
-def _allowed(problem: ConvProblem) -> tuple[Algorithm, ...]:
+def allowed_algorithms(problem: ConvProblem) -> tuple[Algorithm, ...]:
     """The algorithms whose error is within the limit."""
     roles = Roles(problem)
     return tuple(a for a in algorithms(problem) if _error_bound(a, roles.source_channels, roles.form) <= ERROR_LIMIT)
@@ -224,7 +224,7 @@ class Winograd:
         """What the tuner may choose from, beside the predicted choice: each algorithm in each order."""
         target = targets.target()
         found: dict[str, WinogradConfig] = {}
-        for algorithm in _allowed(problem):
+        for algorithm in allowed_algorithms(problem):
             for config in sorted(candidates(problem, target, threads, algorithm), key=lambda c: c.cycles):
                 found.setdefault(config.label, config)
         return list(found.values())
@@ -235,7 +235,7 @@ class Winograd:
         reason = "forward and grad_input only" if problem.direction == "grad_weight" else refusal(problem)
         if reason is not None:
             raise Unsupported(reason)
-        allowed = _allowed(problem)
+        allowed = allowed_algorithms(problem)
         if not allowed:
             raise Unsupported(f"the error bound over {Roles(problem).source_channels} channels is above {ERROR_LIMIT:g}")
         if config is None:

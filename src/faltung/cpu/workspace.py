@@ -1,4 +1,4 @@
-"""Scratch memory of the CPU kernels: one buffer a Python thread, grown as needed and given back when it was large."""
+"""Scratch memory of the CPU kernels: a buffer for each Python thread, grown as needed and given back when it was large; another for what plans leave plans."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import threading
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["KEPT_BYTES", "workspace"]
+__all__ = ["BETWEEN", "KEPT_BYTES", "workspace"]
 
 KEPT_BYTES = 64 << 20
 """A larger workspace is freed after the call that needed it."""
@@ -21,20 +21,22 @@ class _Local(threading.local):
     """Usable bytes, address and owner of this thread's buffer."""
 
 
-_local = _Local()
+_WITHIN = _Local()
+BETWEEN = _Local()
+"""The buffer of what one plan leaves for the next, while each has its own workspace."""
 
 
-def workspace(size: int, poison: bool = False) -> tuple[int, npt.NDArray[np.uint8] | None]:
+def workspace(size: int, poison: bool = False, of: _Local = _WITHIN) -> tuple[int, npt.NDArray[np.uint8] | None]:
     """The address of at least ``size`` bytes, page-aligned, valid until this thread's next call; and what keeps it alive if it is not kept here.
 
     ``poison`` fills it, and what lies close behind it, with NaN of every floating type.
     """
-    usable, address, buffer = _local.kept
+    usable, address, buffer = of.kept
     if size > usable:
         buffer = np.empty(size + _ALIGNMENT, np.uint8)
         address = -(-buffer.ctypes.data // _ALIGNMENT) * _ALIGNMENT
         if size <= KEPT_BYTES:
-            _local.kept = size, address, buffer
+            of.kept = size, address, buffer
     if poison and buffer is not None:
         start = address - buffer.ctypes.data
         buffer[start : start + size + _POISON_BEYOND].fill(0xFF)
