@@ -16,6 +16,7 @@ from faltung import config
 from faltung.codegen.compile import compile_object
 from faltung.codegen.numeric import Numeric
 from faltung.cpu.depthwise import DEPTHWISE, Spec, emit_gather
+from faltung.cpu.depthwise_few import takes_few
 from faltung.cpu.depthwise_geometry import lines
 from faltung.cpu.depthwise_products import Edges, Shape
 from faltung.cpu.depthwise_taps import Reach, block_pixels
@@ -48,6 +49,18 @@ TABLE = (
     "n1c48h16w31k48r3s3 st2 p1 g48 bias",
     "n1c2h17w15k2r4s4 p1,2,2,1 st3 d2 g2",
     "n2c144h6w29k144r3s3 p1 g144",
+)
+# nhwc with fewer channels than lanes: one, two and three periods of weights, rows of less than a vector, of several blocks, every padding
+FEW = (
+    "n2c3h9w11k3r3s3 p1 g3 bias",
+    "n2c2h9w31k2r1s9 p0x4 g2",
+    "n1c2h3w1k2r3s1 p1x0 g2 bias",
+    "n1c3h40w131k3r11s5 p5,0,3,2 d1x2 g3",
+    "n2c6h9w67k6r5s2 p2,1,1,0 reflect g6 bias",
+    "n2c5h9w31k5r5s5 p2 replicate g5",
+    "n1c4h9w31k4r2s3 p3 circular g4 bias",
+    "n1c7h8w40k7r3s3 g7",
+    "n3c3h6w50k3r3s3 p7 d3 g3",
 )
 LARGE = (
     "n1c16h40w41k16r31s31 p15 g16",
@@ -154,6 +167,24 @@ def test_exact_types(dtype: str) -> None:
         check_exact(problem)
 
 
+@each_isa(("avx512", "avx2", "sse2"))
+@pytest.mark.parametrize("dtype", ["f32", "f64", "bf16", "f16"])
+@pytest.mark.parametrize("text", FEW)
+def test_exact_few_channels(text: str, dtype: str, isa: str) -> None:
+    with use_target(isa):
+        for problem in variants((text,), (dtype,), ("zeros",)):
+            few = replace(problem, padding_mode=ConvProblem.parse(text).padding_mode)
+            if few.direction == "forward" or few.padding_mode == "zeros":
+                check_exact(few)
+
+
+def test_few_channels_fill_vectors_with_pixels() -> None:
+    chosen = {text: takes_few(replace(ConvProblem.parse(text), format="nhwc"), TARGETS["avx2"]) for text in FEW}
+    assert chosen == dict.fromkeys(FEW, True)
+    for text in ("nhwc n1c8h8w8k8r3s3 g8", "nhwc n1c3h8w8k6r3s3 g3", "n1c3h8w8k3r3s3 g3", "nhwc n1c3h9w9k3r3s3 st2 g3", "grad_input nhwc n1c3h8w8k3r3s3 p3 g3"):
+        assert not takes_few(ConvProblem.parse(text), TARGETS["avx2"])
+
+
 @pytest.mark.parametrize("text", LARGE)
 def test_exact_large(text: str) -> None:
     for problem in variants((text,), ("f32",), ("zeros", "circular")):
@@ -168,7 +199,9 @@ def test_exact_targets(isa: str, dtype: str) -> None:
             check_exact(problem)
 
 
-@pytest.mark.parametrize("text", ["n2c32h56w56k32r3s3 p1 g32 bias", "n2c24h30w31k24r7s7 p3 g24 bias", "n1c16h40w40k16r31s31 p15 g16 bias"])
+@pytest.mark.parametrize(
+    "text", ["n2c32h56w56k32r3s3 p1 g32 bias", "n2c24h30w31k24r7s7 p3 g24 bias", "n1c16h40w40k16r31s31 p15 g16 bias", "n1c3h40w40k3r15s15 p7 g3"]
+)
 @pytest.mark.parametrize("dtype", ["f32", "f64"])
 def test_error_at_most_twice_torchs(text: str, dtype: str) -> None:
     ulp = torch.finfo(TORCH_TYPES[dtype]).eps

@@ -19,6 +19,7 @@ from ..codegen.numeric import Numeric
 from ..dispatch import Unsupported
 from ..problem import DTYPES, ConvProblem
 from . import target as targets
+from .depthwise_few import plan_few, takes_few
 from .depthwise_geometry import context_rows, lines, predicted_cycles
 from .depthwise_taps import Reach, emit_taps
 from .depthwise_tile import Lanes, emit_flush, emit_load, emit_load_planes, image_strides, inside, odd_lines
@@ -326,7 +327,7 @@ class Depthwise:
             return plan_weight(self.name, problem, threads)
         if problem.direction == "grad_input" and problem.padding_mode != "zeros":
             raise Unsupported("grad_input is computed for zero padding; the gradient of another padding is folded outside")
-        return _plan_gather(self.name, problem, threads)
+        return plan_few(self.name, problem, threads) if takes_few(problem, targets.target()) else _plan_gather(self.name, problem, threads)
 
 
 DEPTHWISE = Depthwise()
