@@ -78,6 +78,7 @@ CASES: dict[str, tuple[str, ...]] = {
         "n1c3h10w11k5r3s3 st2x1 p1",
         "n1c3h12w13k5r2s2 st3",  # columns that no output reads
         "n1c3h13w17k5r1s1 st4",
+        "n1c3h9w70k5r5s6 st4 p2",  # rows of more columns than lanes
         "n1c3h16w33k5r3s3 st5x7 p1",
         "n1c2h7w70k3r3s5 st1x2 p1x2",
         "n1c2h7w70k3r3s3 st1x3 p1",

@@ -20,6 +20,7 @@ from .bfloat import pair_offsets, run_length
 from .direct_kernel import ARGUMENTS, PHASE_FIELDS, DirectKernel
 from .frozen import Packing
 from .geometry import Axis, axes
+from .pack import step_kind
 from .plan import CpuPlan
 from .target import Target
 from .tile import PAGE, Tile, align, pitches, row_pitch, weight_strides
@@ -323,7 +324,7 @@ def _kernel(problem: ConvProblem, roles: Roles, numeric: Numeric, config: Direct
         narrow_rows = bool(split_count(roles.out_channels, block.rows)[1])
         narrow_vectors = block.vectors > 1
     return DirectKernel(
-        numeric.target, problem.dtype, problem.format, config.orientation, config.layout, min(columns.step, 3), block.rows, block.vectors,
+        numeric.target, problem.dtype, problem.format, config.orientation, config.layout, step_kind(columns.step), block.rows, block.vectors,
         narrow_rows, narrow_vectors, partial and in_place, in_place, 1 if channels else max(1, len(columns.phases)), config.packed,
         _spread(problem, roles, numeric, config), elements_apart(problem, numeric.target) if channels and not numeric.converts else 0, at_use,
     )  # fmt: skip

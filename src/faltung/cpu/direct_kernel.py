@@ -52,7 +52,7 @@ accumulators there, ``panel_at`` the bias and the piece of a panel that is packe
 class DirectKernel:
     """What a direct kernel is made for; everything else is an argument.
 
-    ``step``: distance of neighbouring entries' source columns (1, 2, or 3 for any).  ``narrow_rows``, ``narrow_vectors``: pieces one smaller are
+    ``step``: of neighbouring entries' source columns, see :func:`faltung.cpu.pack.step_kind`.  ``narrow_rows``, ``narrow_vectors``: pieces one smaller are
     needed too.  ``masked``: the last vector of channels is partial.  ``in_place``: accumulate in the output itself; in pairs of bfloat16 only the last
     piece of the reduction is added there, the others in scratch.
     ``phases``: column phases that the store interleaves (1, 2, or more).  ``packed``: the tile is copied to scratch; where it is not, the

@@ -17,6 +17,7 @@ from . import target as targets
 from .bfloat import pair_efficiency, pair_tiles
 from .direct_weight_kernel import ARGUMENTS, DirectWeightKernel
 from .geometry import Axis, axes
+from .pack import ANY_STEP
 from .plan import CpuPlan
 from .target import Target
 from .tile import Tile, align, meets_itself, pitches
@@ -227,7 +228,7 @@ def build_plan(problem: ConvProblem, target: Target, threads: int, config: Weigh
     x_in_place = _in_place(problem, numeric)
     gy_in_place = x_in_place and problem.k == vectors * lanes == config.block.vectors * lanes
     kernel = DirectWeightKernel(
-        target, problem.dtype, problem.format, min(columns.step, 3), config.block.rows, config.block.vectors,
+        target, problem.dtype, problem.format, min(columns.step, ANY_STEP), config.block.rows, config.block.vectors,
         any(split_count(c * config.columns, config.block.rows)[1] for c in (config.block_channels, last)), bool(split_count(vectors, config.block.vectors)[1]),
         config.parts == 1, x_in_place, gy_in_place, config.columns, problem.cg if config.columns > 1 and problem.format == "nchw" else 0,
     )  # fmt: skip

@@ -17,7 +17,10 @@ from ..codegen.entry import ArgumentBlock
 from ..codegen.numeric import Numeric
 from .bfloat import Halves, Joined
 
-__all__ = ["COLUMN_FIELDS", "TILE_ARGUMENTS", "Arguments", "clamped_interior", "copy_run", "emit_pack_panel", "emit_pack_tile", "slab_fields", "zero_run"]
+__all__ = [
+    "ANY_STEP", "COLUMN_FIELDS", "TILE_ARGUMENTS", "Arguments", "clamped_interior", "copy_run", "emit_pack_panel", "emit_pack_tile", "slab_fields",
+    "step_kind", "zero_run",
+]  # fmt: skip
 
 _BYTES_AHEAD = 128  # weights are transposed in pieces of a cache line at distances of kilobytes, too short for the processor to foresee the next
 _TERMS_AHEAD = 4
@@ -34,6 +37,14 @@ the tile's channels, rows and columns; the address of a few vectors of zeros."""
 COLUMN_FIELDS = ("table_start", "start", "length", "interior_start", "interior_stop", "offset")
 """A column slab: its place in the column table; where it starts in the tile (bytes for ``outer``, columns for ``inner``); its columns; the
 range of table entries inside the image; the source column of entry 0."""
+
+
+ANY_STEP = 3
+
+
+def step_kind(step: int) -> int:
+    """1, 2 and 4, for which code is made, and :data:`ANY_STEP` for all other distances of columns."""
+    return step if step in (1, 2, 4) else ANY_STEP
 
 
 class Arguments:
@@ -82,8 +93,8 @@ def emit_pack_tile(
 ) -> Function:
     """``pack_tile(block, source, tile, p0, q0, channels)``: the tile that starts at output row ``p0`` and column ``q0``, of one image.
 
-    ``source`` is the first of ``channels`` channels in the image.  ``step`` is the distance of the columns read by neighbouring outputs: 1, 2, or
-    3 for any, which is then an argument.
+    ``source`` is the first of ``channels`` channels in the image.  ``step`` is the distance of the columns read by neighbouring outputs, as
+    :func:`step_kind` says it: what is ``ANY_STEP`` is an argument.
 
     ``second``: pairs are made with a second tile, given by two more parameters: ``second_row``, its first row of outputs (-1: zeros), and ``distance``, how
     many bytes its image is behind ``source``.  Pairs are of neighbouring channels otherwise; of a few channels, odd in number and all of a pixel, ``spread``
@@ -136,7 +147,7 @@ def _pack_rows(f: Function, a: Arguments, numeric: Numeric, step: int, second: b
     rows, positions, row_table, column_table = a["rows"], a.table("row_positions"), a.table("row_table"), a.table("column_table")
     source_channel, tile_channel, tile_row = a["source_channel"], a["tile_channel"], a["tile_row"]
     terms = 2 if numeric.pairs and not second else 1
-    distance = step if step < 3 else a["source_step"]
+    distance = a["source_step"] if step == ANY_STEP else step
 
     def channel(c: Value) -> None:
         plane, tile = f["source"] + c * (source_channel * terms), f["tile"] + c * tile_channel
@@ -186,34 +197,45 @@ def _copy_columns(f: Function, numeric: Numeric, line: Value, target: Value, sta
     def single(x: Value) -> None:
         f.store(numeric.load(f, line + x * (step * memory), 1), target + x * size)
 
-    if isinstance(step, Value):
+    if isinstance(step, Value) or lanes < step:
         f.loop(start, stop, 1, single)
         return
 
     count = stop - start
-    first = line + start * (2 * memory)
+    first = line + start * (step * memory)
     place = target + start * size
-    even = range(0, 2 * lanes, 2)
-    for line_ahead in (0, 64):
-        f.prefetch(first + ahead + line_ahead)
-    # The second of two vectors ends one element behind the last column wanted, so the last block is read under a mask.
+    # A block's last vector ends behind the last column wanted, so the last block is read under a mask, or, where there are none, begins early.
     blocks = f.maximum(count - 1, 0) // lanes
-
-    def block(i: Value) -> None:
-        low = numeric.load(f, first + i * (2 * lanes * memory), lanes)
-        high = numeric.load(f, first + i * (2 * lanes * memory) + lanes * memory, lanes)
-        f.store(f.shuffle(low, high, even), place + i * (lanes * size))
-
-    f.loop(0, blocks, 1, block)
     done = blocks * lanes
+
+    def pick(source: Value, offset: int, at: Value, wanted: Value | None = None) -> None:
+        """Every ``step``-th element of as many vectors, from ``offset`` on; of the first ``wanted``."""
+        masks = [None if wanted is None else f.lane_mask(wanted - v * lanes, lanes) for v in range(step)]
+        vectors = [numeric.load(f, source + v * lanes * memory, lanes, mask) for v, mask in enumerate(masks)]
+        if step == 4:
+            vectors = [f.shuffle(low, high, range(offset, 2 * lanes, step)) for low, high in zip(vectors[::2], vectors[1::2])]
+        picked = range(lanes) if step == 4 else range(offset, 2 * lanes, step)
+        f.store(f.shuffle(vectors[0], vectors[1], picked), place + at * size)
+
+    def vectors() -> None:
+        for line_ahead in range(0, step * 64, 64):
+            f.prefetch(first + ahead + line_ahead)
+        f.loop(0, blocks, 1, lambda i: pick(first + i * (step * lanes * memory), 0, i * lanes))
+
+    def early() -> None:
+        begin = count - lanes
+        pick(first + (begin * step - (step - 1)) * memory, step - 1, begin)
+
+    def whole() -> None:
+        vectors()
+        early()
+
     if not numeric.target.masks:
-        f.loop(start + done, stop, 1, single)
+        f.branch(blocks > 0, whole, lambda: f.loop(start, stop, 1, single))
         return
+    vectors()
     with f.when(done < count):
-        wanted = (count - done) * 2 - 1
-        low = numeric.load(f, first + done * (2 * memory), lanes, f.lane_mask(wanted, lanes))
-        high = numeric.load(f, first + done * (2 * memory) + lanes * memory, lanes, f.lane_mask(wanted - lanes, lanes))
-        f.store(f.shuffle(low, high, even), place + done * size)
+        pick(first + done * (step * memory), 0, done, (count - done) * step - (step - 1))
 
 
 def _pack_pixels(f: Function, a: Arguments, numeric: Numeric, step: int, second: bool, spread: int) -> None:
