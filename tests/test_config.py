@@ -77,8 +77,10 @@ def test_options_as_attributes_of_the_module() -> None:
     assert faltung.config.precision == config.current().precision
     with config.override(precision="strict"):
         assert faltung.config.precision == "strict"
-    with pytest.raises(AttributeError, match="no option 'speed'; there are autotune, cache_dir"):
+    with pytest.raises(AttributeError, match=r"no option 'speed'\. There are autotune, cache_dir"):
         _ = faltung.config.speed
+    with pytest.raises(AttributeError, match="did you mean 'precision'"):
+        faltung.config.precison = "strict"
     default = config._default
     seen: list[bool] = []
     try:

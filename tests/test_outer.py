@@ -61,7 +61,14 @@ def test_outer_on_every_instruction_set(text: str, isa: str) -> None:
 @each_isa(("avx512", "avx2", "sse2"))
 def test_where_it_is_chosen(isa: str) -> None:
     """Few pixels, in vectors that it was measured with; the choice does not depend on the number of threads."""
-    few = "grad_weight f32 nchw n1c256h14w14k1024r1s1", "grad_weight f64 nchw n1c512h7w7k512r1s1", "grad_weight f32 nhwc n1c184h14w14k80r1s1 wnhwc"
+    few = (
+        "grad_weight f32 nchw n2c320h64w64k4r3s3 p1 bias",  # few output channels
+        "grad_weight f32 nhwc n4c128h32w32k2r3s3 p1 bias wnhwc",
+        "grad_weight f32 nchw n4c32h56w56k32r8s8 st8 bias",  # kernels that do not overlap
+        "grad_weight f32 nchw n1c256h14w14k1024r1s1",
+        "grad_weight f64 nchw n1c512h7w7k512r1s1",
+        "grad_weight f32 nhwc n1c184h14w14k80r1s1 wnhwc",
+    )
     many = "grad_weight f32 nchw n8c64h56w56k64r1s1", "grad_weight f32 nchw n1c64h56w56k128r3s3 st2 p1", "grad_weight bf16 nhwc n1c256h14w14k512r1s1 wnhwc"
     with target.use_target(isa):
         for threads in (1, 2, 7):

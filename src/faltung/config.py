@@ -7,6 +7,7 @@ force, and assigning to it changes it for the whole process, as :func:`set_optio
 
 from __future__ import annotations
 
+import difflib
 import os
 import sys
 import types
@@ -136,13 +137,21 @@ class _Config(types.ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name in _NAMES:
             return getattr(current(), name)
-        raise AttributeError(f"faltung.config has no option {name!r}; there are {', '.join(sorted(_NAMES))}")
+        raise _unknown(name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _NAMES:
             set_options(**{name: value})
-        else:
+        elif name in self.__dict__ or name.startswith("_"):  # what the module holds, and what Python's import writes
             super().__setattr__(name, value)
+        else:
+            raise _unknown(name)
+
+
+def _unknown(name: str) -> AttributeError:
+    close = difflib.get_close_matches(name, sorted(_NAMES), 1)
+    meant = f"; did you mean {close[0]!r}?" if close else "."
+    return AttributeError(f"faltung.config has no option {name!r}{meant} There are {', '.join(sorted(_NAMES))}")
 
 
 sys.modules[__name__].__class__ = _Config

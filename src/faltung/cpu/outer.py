@@ -45,8 +45,9 @@ _ROWS = {32: {4: 4, 3: 8, 2: 8, 1: 12}, 16: {3: 4, 2: 5, 1: 10}}
 _LEAST_RATIO = {"nchw": 0.6, "nhwc": 0.82}
 _MOST_PIXELS = {("nchw", 64): 1600, ("nhwc", 64): 3200, ("nchw", 32): 400, ("nhwc", 32): 784}
 _CLEAR_RATIO = 1.5  # beyond them
-_FEW_ROWS = 4  # output channels fill so small a share of a vector that packed panels waste them (64 to 2 at 256x256: 2.9 times as fast here)
-_ONE_TASK_PIXELS = 1 << 17  # of those: few output channels are few tasks, and packed panels share out the pixels among any number of threads
+_FEW_ROWS = 4  # output channels of a group: packed panels waste most lanes (AVX2: 3x3 of 320 channels to 4 2.2 times as fast here, 128 to 2 2.5 times)
+_ONE_TASK_PIXELS = {"nchw": 1 << 15, "nhwc": 1 << 17}  # of those: they are few tasks, and packed panels share out the pixels among any number of threads
+_MANY_TAPS = 64  # of kernels that do not overlap, whose pixels are used once however they are packed (8x8 of 32 channels: 1.7 times as fast here)
 _FAR_PIXELS = 2048  # bytes from a pixel to the next: with AVX2, panels of three short vectors of such pixels meet in few sets of the first-level cache
 
 _Table = npt.NDArray[np.int64]
@@ -197,12 +198,16 @@ def _refuse(problem: ConvProblem, target: Target) -> None:
         raise Unsupported(f"{problem.cg} input channels a group fill no vector of {lanes}")
     if problem.cg % lanes and target.vector_bytes == 32:
         raise Unsupported("a partial vector of input channels: AVX2's masked accesses take half of the speed")
+    all_pixels = problem.n * problem.p * problem.q
+    if problem.kg <= _FEW_ROWS and (taps > 1 or problem.format == "nhwc") and all_pixels <= _ONE_TASK_PIXELS[problem.format]:
+        return
+    apart = problem.stride[0] >= problem.r and problem.stride[1] >= problem.s
+    if problem.format == "nchw" and apart and taps >= _MANY_TAPS and all_pixels <= _ONE_TASK_PIXELS["nchw"]:
+        return
     if taps > 1 and (problem.format == "nchw" or target.vector_bytes == 32):
         raise Unsupported("several taps: packed panels, which serve all of them, were measured to be faster")
     if target.vector_bytes == 32 and problem.format == "nhwc" and problem.c * Numeric(problem.dtype, target).memory_bytes >= _FAR_PIXELS:
         raise Unsupported("pixels are too far apart: they meet in few sets of the first-level cache")
-    if problem.format == "nhwc" and problem.kg * _FEW_ROWS <= lanes and problem.n * problem.p * problem.q <= _ONE_TASK_PIXELS:
-        return
     config = choose_config(problem, target, 2)
     row = joined(problem) if _joined(problem) else problem
     ratio = packed_cycles(row, target, choose_packed(row, target)) / config.threads / config.cycles
