@@ -47,11 +47,11 @@ _TILE_PIXELS = 256  # outputs of a tile, at least, where there are as many: each
 _MOST_TAPS = 256  # with 961 of 64 channels the error is twice PyTorch's
 _SHORTEST_SUM = 16  # channels of the source
 
-# Where it is chosen, by bytes of a vector: predicted cycles of the others over those predicted here, at least (docs/engineering/cpu-taps.md).
+# Where it is chosen, by bytes of a vector: predicted cycles of the others over those predicted here, at least (docs/engineering/cpu-columns.md).
 _LEAST_CHANNELS = 64  # of the source
 _AHEAD_OF_DIRECT = {32: 1.04, 64: 1.1}
 _AHEAD_OF_STRIDED = {32: 1.15, 64: 1.2}
-_FAR_AHEAD = 1.5  # nchw, where weights of many taps are packed in short pieces; and float64 (11x11 of 64 channels: 0.8 times as fast at a ratio of 1.15)
+_FAR_AHEAD = 1.5  # nchw, where weights of many taps are packed in short pieces; forward in float64 (11x11: 0.8 times as fast at a ratio of 1.15)
 _TURN_CYCLES = 1.5  # of an element, from nchw to nhwc or back
 _AHEAD_OF_WINOGRAD = {32: 1.0, 64: 1.2}
 _MANY_CHANNELS = 1024  # forward: Winograd's transformed weights, 16 or 36 for 9, go through memory
@@ -255,7 +255,8 @@ def _refuse(problem: ConvProblem, target: Target, threads: int) -> None:
             raise Unsupported(f"Winograd's algorithm is predicted to be faster ({transformed:.3g} cycles; {own:.3g})")
     packed = direct_config(problem, target, threads).cycles
     least = (_AHEAD_OF_DIRECT if problem.stride == (1, 1) else _AHEAD_OF_STRIDED)[target.vector_bytes]
-    if packed < own * (least if problem.format == "nhwc" and problem.dtype == "f32" else _FAR_AHEAD):
+    far = problem.format == "nchw" or (problem.dtype == "f64" and problem.direction == "forward")
+    if packed < own * (_FAR_AHEAD if far else least):
         raise Unsupported(f"packed tiles are predicted to be faster ({packed:.3g} cycles; {own:.3g})")
 
 
