@@ -52,6 +52,8 @@ _LEAST_CHANNELS = 64  # of the source
 _AHEAD_OF_DIRECT = {32: 1.04, 64: 1.1}
 _AHEAD_OF_STRIDED = {32: 1.15, 64: 1.2}
 _FAR_AHEAD = 1.5  # nchw, where weights of many taps are packed in short pieces; forward in float64 (11x11: 0.8 times as fast at a ratio of 1.15)
+_PHASED_CHANNELS, _PHASED_PIXELS = 384, 1024  # with AVX2, grad_input in nchw of 2x2 kernels with stride 2, whose rows are written every second element
+# at a time: 28x28 and 14x14 1.05 to 1.2 times as fast here, 64x64 0.92 times
 _TURN_CYCLES = 1.5  # of an element, from nchw to nhwc or back
 _AHEAD_OF_WINOGRAD = {32: 1.0, 64: 1.2}
 _MANY_CHANNELS = 1024  # forward: Winograd's transformed weights, 16 or 36 for 9, go through memory
@@ -253,6 +255,10 @@ def _refuse(problem: ConvProblem, target: Target, threads: int) -> None:
         many = problem.direction == "forward" and problem.c >= _MANY_CHANNELS
         if transformed < own * (_AHEAD_OF_MANY if many else _AHEAD_OF_WINOGRAD)[target.vector_bytes]:
             raise Unsupported(f"Winograd's algorithm is predicted to be faster ({transformed:.3g} cycles; {own:.3g})")
+    halves = problem.direction == "grad_input" and problem.stride == (problem.r, problem.s) == (2, 2) and problem.dtype == "f32"
+    small = problem.k >= _PHASED_CHANNELS and problem.h * problem.w <= _PHASED_PIXELS
+    if problem.format == "nchw" and halves and small and target.vector_bytes == 32:
+        return
     packed = direct_config(problem, target, threads).cycles
     least = (_AHEAD_OF_DIRECT if problem.stride == (1, 1) else _AHEAD_OF_STRIDED)[target.vector_bytes]
     far = problem.format == "nchw" or (problem.dtype == "f64" and problem.direction == "forward")
