@@ -65,8 +65,9 @@ CHOSEN = (
     "grad_input f32 nhwc n1c512h33w33k256r3s3 p18 d18 wnhwc",
     "forward f32 nchw n1c512h33w33k256r3s3 p18 d18",
     "grad_input f32 nchw n1c512h33w33k256r3s3 p18 d18",
-    "forward f32 nhwc n8c64h14w14k64r7s7 p3 wnhwc",
 )
+CHOSEN_BY_ISA = {"avx2": ("forward f32 nhwc n8c64h14w14k64r7s7 p3 wnhwc",), "avx512": ()}
+"""Predicted ahead of packed tiles by 1.18 with AVX2, by 1.05 to 1.1 with AVX-512, where more is asked since it was not measured."""
 LEFT = (
     "forward f32 nhwc n1c512h33w33k512r3s3 p2 d2 wnhwc",  # Winograd
     "forward f32 nhwc n1c256h14w14k256r3s3 p1 wnhwc",
@@ -78,10 +79,11 @@ LEFT = (
 
 @each_isa(("avx512", "avx2"))
 def test_where_it_is_chosen(isa: str) -> None:
+    chosen = (*CHOSEN, *CHOSEN_BY_ISA[isa])
     with target.use_target(isa):
         for threads in (1, 2, 7):
             with config.override(reproducible=True):
-                assert {t: dispatch.plan(ConvProblem.parse(t), "cpu", threads).implementation == "taps" for t in CHOSEN} == dict.fromkeys(CHOSEN, True)
+                assert {t: dispatch.plan(ConvProblem.parse(t), "cpu", threads).implementation == "taps" for t in chosen} == dict.fromkeys(chosen, True)
             assert {t: dispatch.plan(ConvProblem.parse(t), "cpu", threads).implementation == "taps" for t in LEFT} == dict.fromkeys(LEFT, False)
 
 

@@ -198,6 +198,7 @@ def _part(problem: ConvProblem, threads: int) -> _Part:
     if _whole(problem):
         return _Part(None, multiply, 0)
     wide, turned, size = matrix.dtype != problem.dtype, _turned(problem), DTYPES[matrix.dtype]
+    # Of fewer images, at the end, all but the weight lie further ahead, and the image may come to lie on the weight, whose last use is the product before it.
     at = list(itertools.accumulate(align(math.prod(shape) * size, PAGE) for shape in (matrix.input_shape, problem.output_shape, problem.weight_shape)))
     gy = weight = image = AS_IT_IS
     end, moved = at[0], problem
