@@ -69,7 +69,13 @@ def test_where_it_is_chosen(isa: str) -> None:
         "grad_weight f64 nchw n1c512h7w7k512r1s1",
         "grad_weight f32 nhwc n1c184h14w14k80r1s1 wnhwc",
     )
-    many = "grad_weight f32 nchw n8c64h56w56k64r1s1", "grad_weight f32 nchw n1c64h56w56k128r3s3 st2 p1", "grad_weight bf16 nhwc n1c256h14w14k512r1s1 wnhwc"
+    many = (
+        "grad_weight f32 nchw n8c64h56w56k64r1s1",
+        "grad_weight f32 nchw n1c64h56w56k128r3s3 st2 p1",
+        "grad_weight bf16 nhwc n1c256h14w14k512r1s1 wnhwc",
+        "grad_weight f32 nchw n1c512h32w32k1024r1s1",  # planes, and pixels, a page apart
+        "grad_weight f32 nhwc n1c1024h14w14k1024r1s1 wnhwc",
+    )
     with target.use_target(isa):
         for threads in (1, 2, 7):
             chosen = {text: dispatch.plan(ConvProblem.parse(text), "cpu", threads).implementation for text in (*few, *many)}

@@ -37,6 +37,9 @@ _PAIR_PIXELS = 1.15  # vectors over pixels lose this much more than float32's to
 _SLACK = 4096
 _PLANE_BYTES = 512 << 10
 _PIXELS_CHUNK = 128
+_TILE_BYTES = 256 << 10  # of pixels that are read in place (1x1 in nhwc), at most: 2 to 35 % faster than half of a second-level cache of 2 MiB
+_ALONE_BYTES = 1 << 20  # of one small image as one tile, at most: from 2 MiB on it costs up to 1.7 times the time (AVX-512, 32x32 pixels)
+_UNEVEN = 0.5  # of such a tile's task: on a shared machine cores are never equally fast, and four tasks on two threads took 1.3 times as long as ten
 _CANDIDATES = 8  # tile widths and heights tried, the largest that fit the cache first
 
 
@@ -171,6 +174,7 @@ class _Search:
         packed_bytes = self.reduction * self.out_channels * self.size
         self.reread = packed_bytes / 12 if packed_bytes > target.l2 // 2 else packed_bytes / 64
         self.slow = _PAIR_PIXELS if self.pairs else 1.0 if problem.format == "nchw" else _PIXELS
+        self.plain = self.layout == "inner" and (problem.r, problem.s, *problem.stride) == (1, 1, 1, 1)
         # One small image with many channels: as one tile its weights are packed at use, which saves more than the tile, read from the third-level cache, costs.
         self.alone = problem.n == 1 and orientation == "channels" and packed_bytes > target.l2 and not self.pairs
         self.least = 0.0 if orientation == "channels" else least_cycles(target, (self.out_channels,), _PIXELS_CHUNK)
@@ -178,8 +182,8 @@ class _Search:
     def fits(self, tile_p: int, tile_q: int) -> bool:
         scratch = self.lines.rows(tile_p).scratch * self.lines.columns(tile_q).scratch * self.source_channels * self.size
         if self.alone and tile_p >= self.row_count and tile_q >= self.column_count:
-            return scratch <= self.target.l2 * 2
-        return scratch <= self.target.l2 // 2
+            return scratch <= min(self.target.l2 * 2, _ALONE_BYTES)
+        return scratch <= (min(self.target.l2 // 2, _TILE_BYTES) if self.plain else self.target.l2 // 2)
 
     def best(self, best: DirectConfig | None) -> DirectConfig:
         """The first of the fastest configurations, or ``best`` where none is faster."""
@@ -236,7 +240,8 @@ class _Search:
         if tasks < 2 * self.threads:
             k_blocks = max(k_blocks, min(panels, -(-2 * self.threads // tasks)))
             k_blocks = _even_blocks(tasks, panels, k_blocks, self.threads)
-        cycles = math.ceil(tasks * k_blocks / self.threads) * self.threads * (pack + each / k_blocks + 300.0)
+        task = pack + each / k_blocks + 300.0
+        cycles = math.ceil(tasks * k_blocks / self.threads) * self.threads * task + (_UNEVEN * task if self.threads > 1 and self.plain else 0.0)
         return DirectConfig(self.orientation, self.layout, (rows.tile, columns.tile), block, self.chunk, k_blocks, cycles)
 
 

@@ -25,7 +25,7 @@ from .outer_kernel import ARGUMENTS, PIECE, TAP, OuterKernel
 from .plan import CpuPlan
 from .pointwise import joined
 from .target import Rates, Target
-from .tile import align, pitches
+from .tile import align, meets_itself, pitches
 from .tiling import split, split_count, step_cycles, useful_threads
 
 __all__ = ["OUTER", "Outer", "OuterConfig", "choose_config"]
@@ -48,6 +48,9 @@ _CLEAR_RATIO = 1.5  # beyond them
 _FEW_ROWS = 4  # output channels of a group: packed panels waste most lanes (AVX2: 3x3 of 320 channels to 4 2.2 times as fast here, 128 to 2 2.5 times)
 _ONE_TASK_PIXELS = {"nchw": 1 << 15, "nhwc": 1 << 17}  # of those: they are few tasks, and packed panels share out the pixels among any number of threads
 _MANY_TAPS = 64  # of kernels that do not overlap, whose pixels are used once however they are packed (8x8 of 32 channels: 1.7 times as fast here)
+_CROWDED_CHANNELS = 512  # nchw, AVX-512: of y with planes whole pages apart, whose elements, a row's each, meet in one set of the first-level cache
+_CROWDED_PRODUCTS = 100_000_000  # nhwc, AVX-512, of an image: where pixels of x or y are whole pages apart, passes enough for it to matter
+_SMALL = 4096, 96, 16384  # nchw, AVX-512 at full rate: so many weights, output channels and pixels or fewer, whatever is predicted
 _FAR_PIXELS = 2048  # bytes from a pixel to the next: with AVX2, panels of three short vectors of such pixels meet in few sets of the first-level cache
 
 _Table = npt.NDArray[np.int64]
@@ -208,11 +211,26 @@ def _refuse(problem: ConvProblem, target: Target) -> None:
         raise Unsupported("several taps: packed panels, which serve all of them, were measured to be faster")
     if target.vector_bytes == 32 and problem.format == "nhwc" and problem.c * Numeric(problem.dtype, target).memory_bytes >= _FAR_PIXELS:
         raise Unsupported("pixels are too far apart: they meet in few sets of the first-level cache")
+    if _crowded(problem, target):
+        raise Unsupported("planes or pixels are whole pages apart: they meet in one set of the first-level cache")
+    small = problem.k * problem.cg <= _SMALL[0] and problem.k <= _SMALL[1] and pixels > most and all_pixels <= _SMALL[2] and problem.g == 1
+    if small and problem.format == "nchw" and target.vector_bytes == 64 and not target.double_pumped:
+        return
     config = choose_config(problem, target, 2)
     row = joined(problem) if _joined(problem) else problem
     ratio = packed_cycles(row, target, choose_packed(row, target)) / config.threads / config.cycles
     if ratio < (_LEAST_RATIO[problem.format] if pixels <= most else _CLEAR_RATIO):
         raise Unsupported(f"packed panels are predicted to be faster ({ratio:.2f} times the cycles, {pixels} pixels)")
+
+
+def _crowded(problem: ConvProblem, target: Target) -> bool:
+    """Whether what is read side by side falls into one set of the first-level cache, often enough to be slower than packed panels (AVX-512)."""
+    size = Numeric(problem.dtype, target).memory_bytes
+    if target.vector_bytes != 64 or problem.p * problem.q <= _PIECE:
+        return False
+    if problem.format == "nchw":
+        return meets_itself(problem.p * problem.q * size) and problem.kg >= _CROWDED_CHANNELS
+    return (meets_itself(problem.c * size) or meets_itself(problem.k * size)) and problem.cg * problem.kg * problem.p * problem.q >= _CROWDED_PRODUCTS
 
 
 OUTER = Outer()
