@@ -224,16 +224,53 @@ def test_pairs_of_bfloat16_are_left_to_direct() -> None:
 def test_lanes_of_a_vector() -> None:
     numeric = Numeric("f32", targets.TARGETS["avx512"])
     lanes = Lanes.choose(numeric, 8, 8, 32)
-    assert (lanes.unit, lanes.planes, lanes.per_vector, lanes.vectors, lanes.masked) == (4, 2, 2, 16, False)
-    assert lanes.expansion().picks[1] == (4, 5, 6, 7, 4, 5, 6, 7, 12, 13, 14, 15, 12, 13, 14, 15)
-    assert Lanes.choose(numeric, 4, 4, 8).expansion().picks == (tuple(range(16)),)
-    odd = Lanes.choose(numeric, 3, 2, 6)
-    assert (odd.unit, odd.width, odd.per_vector, odd.masked) == (1, 15, 5, True)
-    for choice in (lanes, odd, Lanes.choose(numeric, 4, 16, 4), Lanes.choose(Numeric("f64", targets.TARGETS["avx2"]), 2, 6, 5)):
+    assert (lanes.interleaved, lanes.planes, lanes.per_vector, lanes.vectors, lanes.masked) == (True, 1, 2, 16, False)
+    assert lanes.expansion().picks == ((0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15),)
+    assert lanes.places[:3] == (0, 2, 4)
+    assert lanes.order == lanes.expansion().picks[0]
+    assert Lanes.choose(numeric, 16, 16, 4).single
+    assert Lanes.choose(numeric, 32, 16, 4).parts == 2
+    odd, threes = Lanes.choose(numeric, 3, 2, 6), Lanes.choose(numeric, 5, 4, 6)
+    assert (odd.interleaved, odd.unit, odd.width, odd.per_vector, odd.masked) == (False, 1, 15, 5, True)
+    assert (threes.interleaved, threes.unit, threes.width, threes.per_vector, threes.masked) == (False, 1, 15, 3, True)
+    for choice in (odd, threes):
         for h, pick in enumerate(choice.expansion().picks):
             for j in range(choice.unit):
                 found = [pick[lane] for lane in choice.broadcast(j)][: choice.width]
                 assert found == [lane // choice.out * choice.source + h * choice.unit + j for lane in range(choice.width)]
+
+
+@pytest.mark.parametrize("isa", ("avx512", "avx2", "sse2"))
+@pytest.mark.parametrize(("out", "source"), ((2, 2), (4, 16), (6, 4), (7, 3), (8, 8), (12, 20), (2, 6), (4, 1)))
+@pytest.mark.parametrize("dtype", ("f32", "f64"))
+def test_interleaved_lanes_find_the_channels_of_their_groups(dtype: str, out: int, source: int, isa: str) -> None:
+    """Every step repeats, in each lane, the next channel of the group whose result the lane is."""
+    numeric = Numeric(dtype, targets.TARGETS[isa])
+    lanes = Lanes.choose(numeric, out, source, 8)
+    if not lanes.interleaved or out > lanes.lanes:
+        assert lanes.interleaved == (out > lanes.lanes)
+        return
+    size, picks = numeric.compute_bytes, lanes.expansion().picks
+    assert sorted(lanes.places) == sorted(set(lanes.places))
+    assert [lanes.order[lane] for lane in lanes.places] == list(range(lanes.width))
+    steps = lanes.steps(size)
+    assert len(steps) == source
+    for channel, (plane, place) in enumerate(steps):
+        read = picks[plane][place // size : place // size + lanes.per_vector]
+        repeated = [read[group] for group in lanes.repeated()]
+        for result, lane in enumerate(lanes.places):
+            assert repeated[lane] == result // out * source + channel
+
+
+@pytest.mark.parametrize("groups", (8, 16, 32))
+def test_channels_are_repeated_without_shuffles(groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On Intel's cores a shuffle of 512 bits takes the port of a multiply-add."""
+    text = assembly_of(problem(f"n1c64h28w28k64r3s3 p1 g{groups}", "forward", "f32", "nhwc"), "avx512", monkeypatch)
+    loops = re.findall(r"^block_\S+:.*?\tjl\t", text, re.S | re.M)
+    assert loops
+    for loop in loops:
+        assert len(re.findall(r"vfmadd", loop)) > 30
+        assert not re.findall(r"vperm|vshuf|vpshuf|vmovddup", loop)
 
 
 def test_taps_share_loads_within_a_slab() -> None:

@@ -45,7 +45,7 @@ class GroupedConfig:
 def lanes_of(problem: ConvProblem, numeric: Numeric) -> Lanes:
     """The lanes over the channels that the direction produces (grad_weight: output channels)."""
     out, source = (problem.cg, problem.kg) if problem.direction == "grad_input" else (problem.kg, problem.cg)
-    return Lanes.choose(numeric, out, source, problem.g, problem.direction != "grad_weight")
+    return Lanes.choose(numeric, out, source, problem.g)
 
 
 def check(problem: ConvProblem, target: Target) -> Lanes:
@@ -59,9 +59,10 @@ def check(problem: ConvProblem, target: Target) -> Lanes:
     numeric = Numeric(problem.dtype, target)
     out, source = (problem.cg, problem.kg) if problem.direction == "grad_input" else (problem.kg, problem.cg)
     lanes = lanes_of(problem, numeric)
-    if out > numeric.lanes and not (lanes.single and out % numeric.lanes == 0 and out <= _PARTS * numeric.lanes):
+    single = lanes.single and problem.direction != "grad_weight"
+    if out > numeric.lanes and not (single and out % numeric.lanes == 0 and out <= _PARTS * numeric.lanes):
         raise Unsupported(f"{out} channels of a group are more than a vector's {numeric.lanes} lanes")
-    most = _MOST_READ if lanes.single else 16
+    most = _MOST_READ if single else 16
     if source > most:
         raise Unsupported(f"a group reads {source} channels, more than {most}")
     if problem.r * problem.s * source > _TERMS:
@@ -157,7 +158,7 @@ def _touched(problem: ConvProblem, lanes: Lanes, rows: Axis) -> int:
 
 def _configure(problem: ConvProblem, target: Target, threads: int, lanes: Lanes, taps: int, rows: Axis, columns: Axis) -> GroupedConfig:
     used = max((len(c.shape) for phase in columns.phases for c in chunks(phase.taps, taps)), default=1)
-    block = _choose_block(target, lanes.source if lanes.single else lanes.unit, used, counts(rows), counts(columns))
+    block = _choose_block(target, lanes.source if lanes.interleaved else lanes.unit, used, counts(rows), counts(columns))
     scratch = rows.scratch_starts[-1] * columns.scratch_starts[-1]
     row_taps, column_taps = sum(len(p.taps) for p in rows.phases), sum(len(p.taps) for p in columns.phases)
     pixels = rows.tile * columns.tile
@@ -264,7 +265,7 @@ def build_plan(problem: ConvProblem, target: Target, threads: int, config: Group
     kernel = GroupedKernel(
         target, problem.dtype, problem.format, lanes.out, lanes.source, lanes.unit, lanes.partial, phases.kinds, min(columns.step, 3), *config.block,
         any(split_count(count, config.block[0])[1] for count in counts(rows)), any(split_count(count, config.block[1])[1] for count in counts(columns)),
-        lanes.single, whole, phases.weights,
+        lanes.interleaved, whole, phases.weights,
     )  # fmt: skip
     out_rows, out_columns = (problem.p, problem.q) if forward else (problem.h, problem.w)
     p_tiles, q_tiles = -(-rows.count // config.tile[0]), -(-columns.count // config.tile[1])

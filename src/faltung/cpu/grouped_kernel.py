@@ -16,14 +16,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..codegen.emit import Function, Module, Value
+from ..codegen.emit import Function, Module, Value, vector_type
 from ..codegen.entry import ArgumentBlock, Task, emit_entry
 from ..codegen.numeric import Numeric
 from .grouped_lanes import TILE_FIELDS, Lanes
 from .grouped_pack import emit_flush, emit_pack, emit_prefetch
 from .target import Target
 
-__all__ = ["ARGUMENTS", "PHASE_FIELDS", "GroupedKernel", "Shapes", "shapes_name"]
+__all__ = ["ARGUMENTS", "PHASE_FIELDS", "GroupedKernel", "Shapes", "emit_channel", "in_memory_order", "shapes_name"]
 
 Shapes = tuple[tuple[int, ...], ...]
 """The distinct chunks of a column phase: the shifts of their taps."""
@@ -57,7 +57,7 @@ def shapes_name(shapes: Shapes) -> str:
 class GroupedKernel:
     """What a kernel is made for; everything else is an argument.
 
-    ``out``, ``source``, ``unit``, ``partial``, ``single``: see :class:`Lanes`.  ``kinds``: the shapes of each kind of column phase.  A block is ``rows`` x
+    ``out``, ``source``, ``unit``, ``partial``, ``interleaved``: see :class:`Lanes`.  ``kinds``: the shapes of each kind of column phase.  A block is ``rows`` x
     ``columns`` pixels, with pieces one smaller where ``narrow_*`` say so.  ``step``: of the source's columns, 3 for any above 2.
     ``whole``: see :func:`emit_pack`.  ``weights``: how a lane's are packed, in ``runs`` of neighbours or by ``terms``, of which all lanes may be ``vectors``.
     """
@@ -75,7 +75,7 @@ class GroupedKernel:
     columns: int
     narrow_rows: bool
     narrow_columns: bool
-    single: bool
+    interleaved: bool
     whole: bool
     weights: str
 
@@ -84,7 +84,7 @@ class GroupedKernel:
         kinds = "_".join(map(shapes_name, self.kinds))
         flags = "".join(letter for letter, set_ in zip("prcw", (self.partial, self.narrow_rows, self.narrow_columns, self.whole)) if set_)
         block = f"{self.rows}x{self.columns}{'_' + flags if flags else ''}"
-        channels = f"{self.source}to{self.out}_u{'s' if self.single else self.unit}"
+        channels = f"{self.source}to{self.out}_u{'i' if self.interleaved else self.unit}"
         return f"grouped_{self.dtype}_{self.format}_{channels}_{kinds}_st{self.step}_{self.weights}_{block}_{self.target.isa}"
 
     @property
@@ -92,7 +92,7 @@ class GroupedKernel:
         """The lanes, of as many groups as fill one vector (one more where the last vector is partial)."""
         lanes = Numeric(self.dtype, self.target).lanes
         per_vector = max(1, lanes // self.out)
-        return Lanes(lanes, self.out, self.source, per_vector + (1 if self.partial else 0), self.unit, self.single)
+        return Lanes(lanes, self.out, self.source, per_vector + (1 if self.partial else 0), self.unit, self.interleaved)
 
     def emit(self) -> str:
         """The module's IR text; its entry point is ``entry``."""
@@ -100,6 +100,21 @@ class GroupedKernel:
         builder = _Builder(self, module, Numeric(self.dtype, self.target))
         emit_entry(module, ARGUMENTS, [("pack_tasks", builder.pack_stage), ("tasks", builder.compute_stage)])
         return str(module)
+
+
+def emit_channel(f: Function, numeric: Numeric, lanes: Lanes, place: Value, j: int) -> Value:
+    """Channel ``j`` of the step at ``place`` (of a pixel in scratch), for each lane that of its group."""
+    if not lanes.interleaved:
+        value = f.load(place, numeric.vector)
+        return f.shuffle(value, None, lanes.broadcast(j)) if lanes.unit > 1 else value
+    if lanes.per_vector == 1:
+        return f.splat(f.load(place, numeric.compute), numeric.lanes)
+    return f.shuffle(f.load(place, vector_type(numeric.compute, lanes.per_vector)), None, lanes.repeated())
+
+
+def in_memory_order(lanes: Lanes) -> list[int]:
+    """The shuffle that puts a vector's results in the order of memory."""
+    return [*lanes.places, *range(lanes.width, lanes.lanes)]
 
 
 def _emit_block(module: Module, numeric: Numeric, lanes: Lanes, shapes: Shapes, rows: int, columns: int, in_place: bool) -> Function:
@@ -132,12 +147,7 @@ def _emit_block(module: Module, numeric: Numeric, lanes: Lanes, shapes: Shapes, 
                         used = [(t, x - shift) for t, shift in enumerate(shape) if 0 <= x - shift < columns]
                         if not used:
                             continue
-                        if lanes.single:
-                            value = f.splat(f.load(line + x * vector, numeric.compute), numeric.lanes)
-                        else:
-                            value = f.load(line + x * vector, numeric.vector)
-                        if lanes.unit > 1:
-                            value = f.shuffle(value, None, lanes.broadcast(j))
+                        value = emit_channel(f, numeric, lanes, line + x * vector, j)
                         for t, q in used:
                             sums[m * columns + q] = f.fma(value, weights[t], sums[m * columns + q], fused)
             return [panel + (lanes.unit * taps) * vector, *sums]
@@ -148,13 +158,15 @@ def _emit_block(module: Module, numeric: Numeric, lanes: Lanes, shapes: Shapes, 
         count, table = f.load(f["record"] + 16 * i), f.to_pointer(f.load(f["record"] + 16 * i + 8))
         panel, *values = f.loop(0, count, 1, turn(shape, table), [panel, *values])
     mask = f.lane_mask(f["valid"], numeric.lanes) if in_place and lanes.masked else None
+    memory_order = in_memory_order(lanes)
     for m in range(rows):
         place = f["c"] + f["c_row"] * m if m else f["c"]
         for q in range(columns):
+            value = values[m * columns + q]
             if in_place:
-                numeric.store(f, values[m * columns + q], place, numeric.lanes, mask)
+                numeric.store(f, value if lanes.in_order else f.shuffle(value, None, memory_order), place, numeric.lanes, mask)
             else:
-                f.store(values[m * columns + q], place)
+                f.store(value, place)
             place = place + f["c_column"]
     f.ret()
     return f
@@ -167,7 +179,7 @@ class _Builder:
         self.in_place = kernel.format == "nhwc"
         self.pack = emit_pack(module, ARGUMENTS, numeric, self.lanes.expansion(), kernel.format, kernel.step, "source_", kernel.whole)
         self.prefetch = emit_prefetch(module, ARGUMENTS, numeric, self.lanes.source_width, kernel.format, "source_")
-        self.flush = None if self.in_place else emit_flush(module, numeric, self.lanes.masked)
+        self.flush = None if self.in_place else emit_flush(module, numeric, self.lanes)
         self.row_sizes = (kernel.rows, kernel.rows - 1)[: 2 if kernel.narrow_rows else 1]
         self.column_sizes = (kernel.columns, kernel.columns - 1)[: 2 if kernel.narrow_columns else 1]
         self.blocks = {
@@ -204,9 +216,14 @@ class _Builder:
                 source = task.operand("bias") + v * (width * memory)
                 known = f.select(task["has_bias"] > 0, valid, f.value(0))
                 f.store(f.zero(numeric.vector), place)
-                f.loop(0, known, 1, lambda i: f.store(numeric.load(f, source + i * memory, 1), place + i * size))
+                f.loop(0, known, 1, lambda i: f.store(numeric.load(f, source + i * memory, 1), place + self.lane(i) * size))
 
         return body
+
+    def lane(self, result: Value) -> Value:
+        """The lane of one of a vector's results."""
+        out, per_vector = self.lanes.out, self.lanes.per_vector
+        return result if self.lanes.in_order else result % out * per_vector + result // out
 
     def pack_terms(self, f: Function, task: Task, phase: dict[str, Value], weight: Value, target: Value, valid: Value) -> None:
         """Term by term, a lane at a time, or all of them where they are neighbours."""
@@ -218,7 +235,7 @@ class _Builder:
             source, place = weight + f.load_index(offsets, t), target + t * self.vector
 
             def lane(i: Value) -> None:
-                f.store(numeric.load(f, source + f.load_index(lane_offsets, i), 1), place + i * size)
+                f.store(numeric.load(f, source + f.load_index(lane_offsets, i), 1), place + self.lane(i) * size)
 
             if self.kernel.weights == "vectors":
                 f.store(numeric.load(f, source, numeric.lanes, mask), place)
@@ -232,7 +249,7 @@ class _Builder:
         """A lane's weights are runs of memory: blocks of them are transposed, and each goes to its term's place, if the phase has it."""
         numeric, lanes = self.numeric, self.numeric.lanes
         length, places = task["run_length"], f.to_pointer(phase["weights"])
-        rows = [weight + f.load_index(task.table("lane_offsets"), f.minimum(valid - 1, lane)) for lane in range(lanes)]
+        rows = [weight + f.load_index(task.table("lane_offsets"), f.minimum(valid - 1, result)) for result in self.lanes.order]
 
         def put(value: Value, index: Value) -> None:
             place = f.load_index(places, index)

@@ -1,8 +1,13 @@
 """Vector lanes over several groups: which channel each lane reads, which taps share a loaded vector, and a tile's layout in scratch.
 
-A vector holds ``per_vector`` whole groups of the channels that are produced.  Lane ``l`` (group ``l // out``) needs every source channel ``i`` of
-its group in turn.  Scratch holds *planes*: in plane ``h``, lane ``l`` is source channel ``h * unit + l % unit`` of the lane's group, so a
-broadcast within each run of ``unit`` lanes (one instruction, as a run lies within 16 bytes) gives channel ``h * unit + j`` of every lane's group.
+A vector holds ``per_vector`` whole groups of the channels that are produced, and each lane needs every source channel of its group in turn.  Two layouts:
+
+* *interleaved*, where ``per_vector`` is a power of two: lane ``l`` is channel ``l // per_vector`` of group ``l % per_vector``.  Scratch holds a pixel's
+  channels in the same order, so the channel that all lanes need next is ``per_vector`` neighbours, which one load repeats throughout a vector
+  (``vbroadcastss``, ``vbroadcastsd``, ``vbroadcastf32x4``, ...: no shuffle, which on Intel's cores would take a multiply-add's port).
+* otherwise lane ``l`` is channel ``l % out`` of group ``l // out``, and scratch holds *planes*: in plane ``h``, lane ``l`` is source channel
+  ``h * unit + l % unit`` of the lane's group, so a broadcast within each run of ``unit`` lanes (one instruction, as a run lies within 16 bytes) gives channel
+  ``h * unit + j`` of every lane's group.
 """
 
 from __future__ import annotations
@@ -16,7 +21,7 @@ import numpy.typing as npt
 from ..codegen.numeric import Numeric
 from .geometry import Axis, Tap
 
-__all__ = ["TILE_FIELDS", "Chunk", "Expansion", "GroupedTile", "Lanes", "chunks", "even", "identity"]
+__all__ = ["TILE_FIELDS", "Chunk", "Expansion", "GroupedTile", "Lanes", "chunks", "even"]
 
 TILE_FIELDS = (
     "channel", "column", "rows", "positions", "row_table", "slabs", "slab_table", "column_table", "plane", "row", "step",
@@ -44,17 +49,11 @@ class Expansion:
         return len(self.picks)
 
 
-def identity(lanes: int, masked: bool) -> Expansion:
-    """One plane, lane by lane."""
-    return Expansion((tuple(range(lanes)),), 1, masked)
-
-
 @dataclass(frozen=True)
 class Lanes:
     """``lanes`` of a vector, ``out`` channels produced and ``source`` channels read by a group, ``groups`` of them.
 
-    ``single``: a vector is one group, or one of several parts of one.  All its lanes then need the same source channel, which a broadcast of one element
-    of memory gives without planes: scratch holds the source's vectors as they are (``unit`` is 1).
+    ``interleaved``: see above; ``unit`` is 1 then.  A group wider than a vector takes several, its ``parts``.
     """
 
     lanes: int
@@ -62,13 +61,14 @@ class Lanes:
     source: int
     groups: int
     unit: int
-    single: bool = False
+    interleaved: bool = False
 
     @classmethod
-    def choose(cls, numeric: Numeric, out: int, source: int, groups: int, gathers: bool = False) -> Lanes:
-        """The lanes with the longest runs that 16 bytes hold.  ``gathers``: forward or grad_input, which can do with elements of memory."""
-        if gathers and 2 * out > numeric.lanes:
-            return cls(numeric.lanes, out, source, groups, 1, single=True)
+    def choose(cls, numeric: Numeric, out: int, source: int, groups: int) -> Lanes:
+        """Interleaved lanes where they can be, else those with the longest runs that 16 bytes hold."""
+        per_vector = max(1, numeric.lanes // out)
+        if per_vector & (per_vector - 1) == 0:
+            return cls(numeric.lanes, out, source, groups, 1, interleaved=True)
         unit = 16 // numeric.compute_bytes
         while out % unit or source % unit:
             unit //= 2
@@ -78,6 +78,11 @@ class Lanes:
     def per_vector(self) -> int:
         """Groups of one vector, or of the parts of one group."""
         return max(1, self.lanes // self.out)
+
+    @property
+    def single(self) -> bool:
+        """Whether a vector is one group, or a part of one, in order."""
+        return self.interleaved and self.per_vector == 1
 
     @property
     def parts(self) -> int:
@@ -99,15 +104,19 @@ class Lanes:
         return self.per_vector * self.source
 
     @property
+    def plane_channels(self) -> int:
+        """Channels of a group in one plane."""
+        return self.lanes // self.per_vector if self.interleaved else self.unit
+
+    @property
     def planes(self) -> int:
         """Vectors of a pixel in scratch."""
-        return -(-self.source // self.lanes) if self.single else self.source // self.unit
+        return -(-self.source // self.plane_channels)
 
     def steps(self, size: int) -> list[tuple[int, int]]:
-        """Plane, and place in its vectors in bytes, of each step of a sum; ``size`` bytes an element."""
-        if self.single:
-            return [(i // self.lanes, i % self.lanes * size) for i in range(self.source)]
-        return [(h, 0) for h in range(self.planes)]
+        """Plane, and place in its vectors in bytes, of each step of a sum (``unit`` channels); ``size`` bytes an element."""
+        step = self.per_vector * size if self.interleaved else 0
+        return [(i // self.plane_channels, i % self.plane_channels * step) for i in range(0, self.source, self.unit)]
 
     @property
     def partial(self) -> bool:
@@ -124,17 +133,51 @@ class Lanes:
         """Share of lanes in use."""
         return self.groups * self.out / (self.vectors * self.lanes)
 
+    @property
+    def places(self) -> tuple[int, ...]:
+        """The lane of each of a vector's results, in the order of memory."""
+        if not self.interleaved:
+            return tuple(range(self.width))
+        return tuple(i % self.out * self.per_vector + i // self.out for i in range(self.width)) if self.per_vector > 1 else tuple(range(self.width))
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        """The result of each lane: the inverse of :attr:`places`; that of a lane without one is any."""
+        found = [self.width - 1] * self.lanes
+        for place, lane in enumerate(self.places):
+            found[lane] = place
+        return tuple(found)
+
+    @property
+    def in_order(self) -> bool:
+        """Whether the lanes are in the order of memory."""
+        return self.places == tuple(range(self.width))
+
     def expansion(self) -> Expansion:
-        if self.single:
-            whole = tuple(tuple(h * self.lanes + lane for lane in range(self.lanes)) for h in range(self.planes))
-            return Expansion(whole, self.planes, self.source % self.lanes != 0)
-        groups = [lane // self.out if lane < self.width else 0 for lane in range(self.lanes)]
-        picks = tuple(tuple(g * self.source + h * self.unit + lane % self.unit for lane, g in enumerate(groups)) for h in range(self.planes))
+        """How the source is packed."""
+        if self.interleaved:
+            channel = [lane // self.per_vector for lane in range(self.lanes)]
+            picks = tuple(tuple(self._pick(h * self.plane_channels + c, lane % self.per_vector) for lane, c in enumerate(channel)) for h in range(self.planes))
+        else:
+            groups = [lane // self.out if lane < self.width else 0 for lane in range(self.lanes)]
+            picks = tuple(tuple(g * self.source + h * self.unit + lane % self.unit for lane, g in enumerate(groups)) for h in range(self.planes))
         return Expansion(picks, -(-self.source_width // self.lanes), self.partial or self.source_width % self.lanes != 0)
+
+    def _pick(self, channel: int, group: int) -> int:
+        """Where a channel of a group lies in the source; for one behind the last, which nothing reads, any place (its own where that is in order)."""
+        return channel if self.per_vector == 1 else group * self.source + min(channel, self.source - 1)
+
+    def result_expansion(self) -> Expansion:
+        """How the gradient of the result is packed: one plane."""
+        return Expansion((tuple(range(self.lanes)) if self.in_order else self.order,), 1, self.masked)
 
     def broadcast(self, j: int) -> tuple[int, ...]:
         """The lanes of a plane that hold channel ``j`` of its run, for each lane."""
         return tuple(lane // self.unit * self.unit + j for lane in range(self.lanes))
+
+    def repeated(self) -> tuple[int, ...]:
+        """Of one channel of all groups, the group that each lane takes."""
+        return tuple(lane % self.per_vector for lane in range(self.lanes))
 
 
 def even(total: int, most: int) -> list[int]:

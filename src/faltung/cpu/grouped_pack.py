@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from ..codegen.emit import Function, Module, Value
 from ..codegen.entry import ArgumentBlock
 from ..codegen.numeric import Numeric
-from .grouped_lanes import Expansion
+from .grouped_lanes import Expansion, Lanes
 from .pack import COLUMN_FIELDS
 
 __all__ = ["emit_flush", "emit_pack", "emit_prefetch"]
@@ -37,10 +37,17 @@ class _Pack:
     def table(self, name: str) -> Value:
         return self.f.to_pointer(self[name])
 
-    def put(self, loaded: Sequence[Value], target: Value) -> None:
-        """The planes of one pixel from its vectors of channels."""
+    def put(self, loaded: Sequence[Value], target: Value, picked: bool = False) -> None:
+        """The planes of one pixel from its vectors of channels; ``picked``: these are the planes already."""
         for h, pick in enumerate(self.expansion.picks):
-            self.f.store(self._picked(loaded, pick), target + self.plane * h if h else target)
+            self.f.store(loaded[h] if picked else self._picked(loaded, pick), target + self.plane * h if h else target)
+
+    def sources(self) -> tuple[list[Sequence[int]], bool]:
+        """Which channels to transpose to vectors, and whether they are the planes then: as many of those as there would be vectors."""
+        lanes, expansion = self.numeric.lanes, self.expansion
+        if expansion.planes == expansion.loads:
+            return list(expansion.picks), True
+        return [range(v * lanes, (v + 1) * lanes) for v in range(expansion.loads)], False
 
     def _picked(self, loaded: Sequence[Value], pick: tuple[int, ...]) -> Value:
         lanes = self.numeric.lanes
@@ -155,13 +162,14 @@ def _pixel_by_pixel(
 
 def _from_planes(pack: _Pack, step: int) -> None:
     """All pixels of the image by ``lanes`` channels are transposed into a copy behind the tile, from which it is then packed as from nhwc."""
-    f, numeric, expansion = pack.f, pack.numeric, pack.expansion
+    f, numeric = pack.f, pack.numeric
     lanes, memory, vector = numeric.lanes, numeric.memory_bytes, pack.vector
     channel, pixels, last_channel = pack["channel"], pack["pixels"], f["valid"] - 1
     copy, plane = f["tile"] + pack["copy"], (pixels + lanes) * vector
 
-    for v in range(expansion.loads):
-        planes = [f["source"] + f.minimum(last_channel, v * lanes + lane) * channel for lane in range(lanes)]
+    sources, picked = pack.sources()
+    for v, channels in enumerate(sources):
+        planes = [f["source"] + f.minimum(last_channel, c) * channel for c in channels]
 
         def block(x: Value, mask: Value | None, planes: list[Value] = planes, target: Value = copy + plane * v) -> None:
             for i, value in enumerate(f.transpose([numeric.load(f, p + x * memory, lanes, mask) for p in planes])):
@@ -176,18 +184,19 @@ def _from_planes(pack: _Pack, step: int) -> None:
         f.branch(pixels >= lanes, many, few)
 
     def pixel(pointer: Value, target: Value) -> None:
-        pack.put([f.load(pointer + plane * v if v else pointer, numeric.vector) for v in range(expansion.loads)], target)
+        pack.put([f.load(pointer + plane * v if v else pointer, numeric.vector) for v in range(len(sources))], target, picked)
 
     _pixel_by_pixel(pack, step, vector, pixel, copy, vector // memory)
 
 
 def _from_nchw(pack: _Pack, step: int) -> None:
     """Blocks of ``lanes`` columns by ``lanes`` channels are transposed; the last block overlaps the one before it."""
-    f, numeric, expansion = pack.f, pack.numeric, pack.expansion
+    f, numeric = pack.f, pack.numeric
     lanes, memory = numeric.lanes, numeric.memory_bytes
     channel, last_channel = pack["channel"], f["valid"] - 1
+    sources, picked = pack.sources()
     # Lanes behind the last channel read the last one again: nothing reads them.
-    places = [[f.minimum(last_channel, v * lanes + lane) * channel for lane in range(lanes)] for v in range(expansion.loads)]
+    places = [[f.minimum(last_channel, c) * channel for c in channels] for channels in sources]
 
     def gathered(pointer: Value, target: Value) -> None:
         loaded = []
@@ -196,7 +205,7 @@ def _from_nchw(pack: _Pack, step: int) -> None:
             for lane, offset in enumerate(offsets):
                 vector = f.insert(vector, numeric.load(f, pointer + offset, 1), lane)
             loaded.append(vector)
-        pack.put(loaded, target)
+        pack.put(loaded, target, picked)
 
     def read(pointer: Value, count: Value | None) -> Value:
         """``count`` columns (``lanes`` where None), ``step`` elements apart; nothing behind the last one is touched."""
@@ -213,10 +222,10 @@ def _from_nchw(pack: _Pack, step: int) -> None:
         for i in range(lanes):
             place = target + i * pack.vector
             if count is None:
-                pack.put([vectors[i] for vectors in columns], place)
+                pack.put([vectors[i] for vectors in columns], place, picked)
             else:
                 with f.when(count > i):
-                    pack.put([vectors[i] for vectors in columns], place)
+                    pack.put([vectors[i] for vectors in columns], place, picked)
 
     def row(line: Value, target: Value, slab: dict[str, Value]) -> None:
         def looked_up(column: Value, place: Value) -> None:
@@ -284,7 +293,7 @@ def emit_prefetch(module: Module, arguments: ArgumentBlock, numeric: Numeric, ch
     return f
 
 
-def emit_flush(module: Module, numeric: Numeric, masked: bool) -> Function:
+def emit_flush(module: Module, numeric: Numeric, own: Lanes) -> Function:
     """``flush(scratch, out, runs, length, scratch_run, out_run, out_channel, valid)``: ``[run][pixel][lanes]`` to ``valid`` planes of nchw."""
     names = ("runs", "length", "scratch_run", "out_run", "out_channel", "valid")
     f = module.function("flush", [("ptr", "scratch"), ("ptr", "out"), *(("i64", name) for name in names)])
@@ -293,13 +302,14 @@ def emit_flush(module: Module, numeric: Numeric, masked: bool) -> Function:
 
     def block(source: Value, target: Value, mask: Value | None) -> None:
         loaded = [f.load(source + i * vector, numeric.vector) for i in range(lanes)]
-        for lane, values in enumerate(f.transpose(loaded)):
-            place = target + f["out_channel"] * lane
-            if masked and lane:
-                with f.when(f["valid"] > lane):
-                    numeric.store(f, values, place, lanes, mask)
+        transposed = f.transpose(loaded)
+        for result, lane in enumerate(own.places):
+            place = target + f["out_channel"] * result
+            if own.masked and result:
+                with f.when(f["valid"] > result):
+                    numeric.store(f, transposed[lane], place, lanes, mask)
             else:
-                numeric.store(f, values, place, lanes, mask)
+                numeric.store(f, transposed[lane], place, lanes, mask)
 
     def run(i: Value) -> None:
         source, target = f["scratch"] + i * f["scratch_run"], f["out"] + i * f["out_run"]

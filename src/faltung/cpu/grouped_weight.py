@@ -29,14 +29,14 @@ _UNROLLED = 400  # multiply-adds in the code of one piece
 
 @dataclass(frozen=True)
 class GroupedWeightConfig:
-    """Tile (rows, columns of pixels), rows summed at a time, pixels of an unrolled piece, most taps, planes and kernel rows of a pass,
+    """Tile (rows, columns of pixels), rows summed at a time, pixels of an unrolled piece, most taps, steps and kernel rows of a pass,
     vectors of a task, and parts."""
 
     tile: tuple[int, int]
     run_rows: int
     columns: int
     taps: int
-    planes: int
+    steps: int
     rows: int
     vectors: int
     parts: int
@@ -48,10 +48,11 @@ def choose_weight_config(problem: ConvProblem, target: Target, lanes: Lanes) -> 
     numeric = Numeric(problem.dtype, target)
     # Sums, a load or two, a broadcast and the gradients of a chunk's taps fill the registers.
     limit = target.registers * 3 // 4
-    taps = max(1, min(4, limit // (lanes.unit * min(lanes.planes, 2))))
+    together = _together(lanes)
+    taps = max(1, min(4, limit // min(together * lanes.unit, 8)))
     taps = min(taps, max(len(c.shape) for c in chunks(axes(problem, (1, 1))[1].phases[0].taps, taps)))
-    planes = even(lanes.planes, max(1, limit // (taps * lanes.unit)))[0]
-    kernel_rows = even(problem.r, max(1, limit // (taps * planes * lanes.unit)))[0]
+    steps = even(together, max(1, limit // (taps * lanes.unit)))[0]
+    kernel_rows = even(problem.r, max(1, limit // (taps * steps * lanes.unit)))[0]
     vector = numeric.lanes * numeric.compute_bytes
     budget = target.l2 * 2 // 5
 
@@ -67,13 +68,13 @@ def choose_weight_config(problem: ConvProblem, target: Target, lanes: Lanes) -> 
     tile_p = next((p for p in tile_candidates(problem.p) if fits(p, tile_q) and -(-problem.p // p) >= fewest), 1)
     p_tiles, q_tiles = -(-problem.p // tile_p), -(-problem.q // tile_q)
     totals = {tile_q, problem.q - (q_tiles - 1) * tile_q}
-    most = max(1, _UNROLLED // (kernel_rows * taps * planes * lanes.unit))
+    most = max(1, _UNROLLED // (kernel_rows * taps * steps * lanes.unit))
     sizes = [m for m in range(1, min(most, tile_q) + 1) if all(split(total, m) for total in totals)]
     columns = min(sizes, key=lambda m: (sum(-(-total // m) for total in totals), m))
     tiles = problem.n * p_tiles * q_tiles
     part_tiles = -(-tiles // max(1, min(tiles, -(-_TASKS // blocks))))
     run_rows = even(tile_p, max(1, _RUN_PIXELS // tile_q))[0]
-    return GroupedWeightConfig((tile_p, tile_q), run_rows, columns, taps, planes, kernel_rows, vectors, -(-tiles // part_tiles), part_tiles)
+    return GroupedWeightConfig((tile_p, tile_q), run_rows, columns, taps, steps, kernel_rows, vectors, -(-tiles // part_tiles), part_tiles)
 
 
 class _Passes:
@@ -81,6 +82,7 @@ class _Passes:
 
     def __init__(self, problem: ConvProblem, lanes: Lanes, config: GroupedWeightConfig, tile: GroupedTile, rows: Axis, columns: Axis) -> None:
         place = np.zeros((problem.cg, problem.r, problem.s), np.int64)
+        size = tile.vector // lanes.lanes
         kinds: list[Pass] = []
         records = []
         self.bytes = 0
@@ -88,28 +90,40 @@ class _Passes:
             taps = list(rows.phases[0].taps)
             for count in even(len(taps), config.rows):
                 mine, taps = taps[:count], taps[count:]
-                plane = 0
-                for planes in even(lanes.planes, config.planes):
-                    kind = Pass(count, chunk.shape, planes)
+                first = 0
+                for steps in _runs(lanes, config.steps):
+                    kind = Pass(count, chunk.shape, steps)
                     if kind not in kinds:
                         kinds.append(kind)
-                    offsets = [tile.offset(tap, chunk, plane) for tap in mine]
+                    plane, inside = lanes.steps(size)[first]
+                    offsets = [tile.offset(tap, chunk, plane) + inside for tap in mine]
                     records.append([kinds.index(kind), self.bytes, *offsets, *[0] * (config.rows - count)])
-                    self._place(place, lanes, mine, chunk, plane, planes, tile.vector)
+                    self._place(place, mine, chunk, first * lanes.unit, steps * lanes.unit, tile.vector)
                     self.bytes += kind.sums(lanes.unit) * tile.vector
-                    plane += planes
+                    first += steps
         self.kinds = tuple(kinds)
         self.records = np.array(records, dtype=np.int64)
         order = place if problem.weight_format == "nchw" else place.transpose(1, 2, 0)
         self.weight_rows: npt.NDArray[np.int64] = np.ascontiguousarray(order.reshape(-1))
 
-    def _place(self, place: npt.NDArray[np.int64], lanes: Lanes, rows: list[Tap], chunk: Chunk, plane: int, planes: int, vector: int) -> None:
+    def _place(self, place: npt.NDArray[np.int64], mine: list[Tap], chunk: Chunk, first: int, channels: int, vector: int) -> None:
         index = 0
-        for row in rows:
+        for row in mine:
             for s in chunk.kernel:
-                for i in range(planes * lanes.unit):
-                    place[plane * lanes.unit + i, row.kernel_index, s] = self.bytes + index * vector
+                for c in range(first, first + channels):
+                    place[c, row.kernel_index, s] = self.bytes + index * vector
                     index += 1
+
+
+def _together(lanes: Lanes) -> int:
+    """The most steps that a pass may take: all planes, or the channels of one interleaved plane."""
+    return min(lanes.source, lanes.plane_channels) if lanes.interleaved else lanes.planes
+
+
+def _runs(lanes: Lanes, most: int) -> list[int]:
+    """All steps in runs of at most ``most``, none over the end of an interleaved plane."""
+    together, total = _together(lanes), len(lanes.steps(1))
+    return [run for first in range(0, total, together) for run in even(min(together, total - first), most)]
 
 
 def _gradient_axis(size: int, tile: int) -> Axis:
@@ -131,7 +145,7 @@ def build_weight_plan(problem: ConvProblem, target: Target, threads: int, lanes:
     totals = {tile_q, problem.q - (q_tiles - 1) * tile_q}
     kernel = GroupedWeightKernel(
         target, problem.dtype, problem.format, lanes.out, lanes.source, lanes.unit, lanes.partial, passes.kinds, min(columns.step, 3), config.columns,
-        any(split_count(total, config.columns)[1] for total in totals),
+        any(split_count(total, config.columns)[1] for total in totals), lanes.interleaved,
     )  # fmt: skip
     gy_at = align(tile.bytes + vector) + 64
     bias_at = align(config.parts * lanes.vectors * passes.bytes)

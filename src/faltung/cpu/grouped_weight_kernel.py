@@ -22,7 +22,8 @@ from dataclasses import dataclass
 from ..codegen.emit import Function, Module, Value
 from ..codegen.entry import ArgumentBlock, Task, emit_entry
 from ..codegen.numeric import Numeric
-from .grouped_lanes import TILE_FIELDS, Lanes, identity
+from .grouped_kernel import emit_channel, in_memory_order
+from .grouped_lanes import TILE_FIELDS, Lanes
 from .grouped_pack import emit_pack, emit_prefetch
 from .target import Target
 
@@ -45,26 +46,27 @@ vector's partial sums.  ``prefetch_rows``: scratch rows of the next tile of x th
 
 @dataclass(frozen=True)
 class Pass:
-    """What is summed in registers together: ``rows`` kernel rows, the taps of ``shape`` (their shifts), ``planes`` neighbouring planes."""
+    """What is summed in registers together: ``rows`` kernel rows, the taps of ``shape`` (their shifts), ``steps`` (see :meth:`Lanes.steps`) that follow
+    each other: planes, or channels of one interleaved plane."""
 
     rows: int
     shape: tuple[int, ...]
-    planes: int
+    steps: int
 
     def sums(self, unit: int) -> int:
-        return self.rows * len(self.shape) * self.planes * unit
+        return self.rows * len(self.shape) * self.steps * unit
 
     @property
     def name(self) -> str:
-        return f"{self.rows}x{'.'.join(map(str, self.shape))}x{self.planes}"
+        return f"{self.rows}x{'.'.join(map(str, self.shape))}x{self.steps}"
 
 
 @dataclass(frozen=True)
 class GroupedWeightKernel:
     """What a kernel is made for; everything else is an argument.
 
-    ``out``, ``source``, ``unit``, ``partial``: see :class:`Lanes`.  ``columns``: pixels of an unrolled piece of a row, with pieces one smaller where
-    ``narrow``.  ``step``: of the columns of x, 3 for any above 2.
+    ``out``, ``source``, ``unit``, ``partial``, ``interleaved``: see :class:`Lanes`.  ``columns``: pixels of an unrolled piece of a row, with pieces one
+    smaller where ``narrow``.  ``step``: of the columns of x, 3 for any above 2.
     """
 
     target: Target
@@ -78,19 +80,21 @@ class GroupedWeightKernel:
     step: int
     columns: int
     narrow: bool
+    interleaved: bool
 
     @property
     def name(self) -> str:
         kinds = "_".join(kind.name for kind in self.kinds)
         flags = "".join(letter for letter, set_ in zip("pc", (self.partial, self.narrow)) if set_)
         block = f"{self.columns}{'_' + flags if flags else ''}"
-        return f"grouped_weight_{self.dtype}_{self.format}_{self.source}to{self.out}_u{self.unit}_{kinds}_st{self.step}_{block}_{self.target.isa}"
+        channels = f"{self.source}to{self.out}_u{'i' if self.interleaved else self.unit}"
+        return f"grouped_weight_{self.dtype}_{self.format}_{channels}_{kinds}_st{self.step}_{block}_{self.target.isa}"
 
     @property
     def lanes(self) -> Lanes:
         """The lanes, of as many groups as fill one vector (one more where the last vector is partial)."""
         lanes = Numeric(self.dtype, self.target).lanes
-        return Lanes(lanes, self.out, self.source, lanes // self.out + (1 if self.partial else 0), self.unit)
+        return Lanes(lanes, self.out, self.source, lanes // self.out + (1 if self.partial else 0), self.unit, self.interleaved)
 
     def emit(self) -> str:
         """The module's IR text; its entry point is ``entry``."""
@@ -122,20 +126,18 @@ def _emit_pass(module: Module, numeric: Numeric, lanes: Lanes, kind: Pass, sizes
                 f.barrier()
             used = [(t, x - shift) for t, shift in enumerate(kind.shape) if 0 <= x - shift < size]
             gradients = [(t, f.load(gy + q * vector, numeric.vector)) for t, q in used]
-            for r, planes in enumerate(lines):
-                for h, line in enumerate(planes):
-                    if not used:
-                        continue
-                    loaded = f.load(line + x * vector, numeric.vector)
+            for r, steps in enumerate(lines if used else []):
+                for h, line in enumerate(steps):
                     for j in range(unit):
-                        value = loaded if unit == 1 else f.shuffle(loaded, None, lanes.broadcast(j))
+                        value = emit_channel(f, numeric, lanes, line + x * vector, j)
                         for t, gradient in gradients:
-                            i = ((r * taps + t) * kind.planes + h) * unit + j
+                            i = ((r * taps + t) * kind.steps + h) * unit + j
                             sums[i] = f.fma(value, gradient, sums[i], fused)
         return sums
 
     def row(p: Value, *carried: Value) -> list[Value]:
-        lines = [[base + p * f["x_row"] + (f["x_plane"] * h if h else 0) for h in range(kind.planes)] for base in bases]
+        step = lanes.per_vector * numeric.compute_bytes if lanes.interleaved else f["x_plane"]
+        lines = [[base + p * f["x_row"] + (step * h if h else 0) for h in range(kind.steps)] for base in bases]
         gy = f["gy"] + p * f["gy_row"]
 
         def at(first: Value, size: int, values: tuple[Value, ...]) -> list[Value]:
@@ -167,7 +169,7 @@ class _Builder:
         self.kernel, self.numeric, self.lanes = kernel, numeric, kernel.lanes
         self.vector = numeric.lanes * numeric.compute_bytes
         self.pack_x = emit_pack(module, ARGUMENTS, numeric, self.lanes.expansion(), kernel.format, kernel.step, "x_")
-        self.pack_gy = emit_pack(module, ARGUMENTS, numeric, identity(numeric.lanes, self.lanes.masked), kernel.format, 1, "gy_")
+        self.pack_gy = emit_pack(module, ARGUMENTS, numeric, self.lanes.result_expansion(), kernel.format, 1, "gy_")
         self.prefetch_x = emit_prefetch(module, ARGUMENTS, numeric, self.lanes.source_width, kernel.format, "x_")
         self.prefetch_gy = emit_prefetch(module, ARGUMENTS, numeric, self.lanes.width, kernel.format, "gy_")
         sizes = (kernel.columns, kernel.columns - 1)[: 2 if kernel.narrow else 1]
@@ -289,13 +291,15 @@ class _Builder:
             out = task.operand("out") + v * pitch * lanes.width + j0 * memory
             mask = f.lane_mask(total - j0, count)
             summed = [self.sum_parts(f, task, place, task["partial_part"]) for place in places]
-            for lane, values in enumerate(f.transpose(summed)):
-                with f.when(valid > lane):
-                    numeric.store(f, values, out + pitch * lane, count, mask)
+            transposed = f.transpose(summed)
+            for result, lane in enumerate(lanes.places):
+                with f.when(valid > result):
+                    numeric.store(f, transposed[lane], out + pitch * result, count, mask)
             wanted = f.define("i1", f"and i1 {block.equals(0).text}, {(task['has_bias'] > 0).text}")
             with f.when(wanted):
                 bias = self.sum_parts(f, task, task.workspace + task["bias_part_at"] + v * self.vector, task["vectors"] * self.vector)
                 target = task.operand("bias") + v * (lanes.width * memory)
+                bias = bias if lanes.in_order else f.shuffle(bias, None, in_memory_order(lanes))
                 numeric.store(f, bias, target, count, f.lane_mask(valid, count))
 
         return body
