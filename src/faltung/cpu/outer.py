@@ -48,6 +48,7 @@ _CLEAR_RATIO = 1.5  # beyond them
 _FEW_ROWS = 4  # output channels of a group: packed panels waste most lanes (AVX2: 3x3 of 320 channels to 4 2.2 times as fast here, 128 to 2 2.5 times)
 _ONE_TASK_PIXELS = {"nchw": 1 << 15, "nhwc": 1 << 17}  # of those: they are few tasks, and packed panels share out the pixels among any number of threads
 _MANY_TAPS = 64  # of kernels that do not overlap, whose pixels are used once however they are packed (8x8 of 32 channels: 1.7 times as fast here)
+_GROUPED_PIXELS = 392  # AVX-512, groups of at most a vector's lanes: from so many outputs on lanes over groups are faster, 1.2 to 1.5 times at batch 8
 _CROWDED_CHANNELS = 512  # nchw, AVX-512: of y with planes whole pages apart, whose elements, a row's each, meet in one set of the first-level cache
 _CROWDED_PRODUCTS = 100_000_000  # nhwc, AVX-512, of an image: where pixels of x or y are whole pages apart, passes enough for it to matter
 _SMALL = 4096, 96, 16384  # nchw, AVX-512 at full rate: so many weights, output channels and pixels or fewer, whatever is predicted
@@ -211,6 +212,8 @@ def _refuse(problem: ConvProblem, target: Target) -> None:
         raise Unsupported("several taps: packed panels, which serve all of them, were measured to be faster")
     if target.vector_bytes == 32 and problem.format == "nhwc" and problem.c * Numeric(problem.dtype, target).memory_bytes >= _FAR_PIXELS:
         raise Unsupported("pixels are too far apart: they meet in few sets of the first-level cache")
+    if problem.g > 1 and max(problem.cg, problem.kg) <= lanes and all_pixels >= _GROUPED_PIXELS:
+        raise Unsupported("a group's channels fit into a vector: lanes over groups were measured to be faster")
     if _crowded(problem, target):
         raise Unsupported("planes or pixels are whole pages apart: they meet in one set of the first-level cache")
     small = problem.k * problem.cg <= _SMALL[0] and problem.k <= _SMALL[1] and pixels > most and all_pixels <= _SMALL[2] and problem.g == 1
