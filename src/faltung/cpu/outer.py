@@ -41,10 +41,12 @@ _ROWS = {32: {4: 4, 3: 8, 2: 8, 1: 12}, 16: {3: 4, 2: 5, 1: 10}}
 """Rows of accumulators by vector registers and vectors: 6x4 is 5 to 10 % slower than 4x4, whose results are written in longer runs."""
 
 # Where it is chosen, by memory format and bytes of a vector (docs/engineering/cpu-direct.md): predicted cycles of packed panels over those predicted here,
-# at least; and outputs of an image (with AVX2 of all images), at most, up to which that holds.
+# at least; and outputs of an image (but for Zen 4 of all images), at most, up to which that holds.
 _LEAST_RATIO = {"nchw": 0.6, "nhwc": 0.82}
 _MOST_PIXELS = {("nchw", 64): 1600, ("nhwc", 64): 3200, ("nchw", 32): 400, ("nhwc", 32): 784}
 _CLEAR_RATIO = 1.5  # beyond them
+_FULL_RATE_CLEAR = 1.3  # with AVX-512 at full rate
+_MANY_WEIGHTS = 128 << 10  # for the limits of AVX-512 at full rate
 _FEW_ROWS = 4  # output channels of a group: packed panels waste most lanes (AVX2: 3x3 of 320 channels to 4 2.2 times as fast here, 128 to 2 2.5 times)
 _ONE_TASK_PIXELS = {"nchw": 1 << 15, "nhwc": 1 << 17}  # of those: they are few tasks, and packed panels share out the pixels among any number of threads
 _MANY_TAPS = 64  # of kernels that do not overlap, whose pixels are used once however they are packed (8x8 of 32 channels: 1.7 times as fast here)
@@ -194,8 +196,9 @@ class Outer:
 def _refuse(problem: ConvProblem, target: Target) -> None:
     """Raises :class:`Unsupported` where packed panels are predicted, or were measured, to be faster.  As it decides bits, it is made for two threads always."""
     lanes, taps = Numeric(problem.dtype, target).lanes, problem.r * problem.s
-    pixels = problem.p * problem.q * (problem.n if target.vector_bytes == 32 else 1)
-    most = _MOST_PIXELS.get((problem.format, target.vector_bytes))
+    full_rate = target.vector_bytes == 64 and not target.double_pumped
+    pixels = problem.p * problem.q * (problem.n if target.vector_bytes == 32 or full_rate else 1)
+    most = _most_at_full_rate(problem) if full_rate else _MOST_PIXELS.get((problem.format, target.vector_bytes))
     if most is None:
         raise Unsupported(f"not measured with vectors of {target.vector_bytes} bytes")
     if problem.cg < lanes:
@@ -217,13 +220,23 @@ def _refuse(problem: ConvProblem, target: Target) -> None:
     if _crowded(problem, target):
         raise Unsupported("planes or pixels are whole pages apart: they meet in one set of the first-level cache")
     small = problem.k * problem.cg <= _SMALL[0] and problem.k <= _SMALL[1] and pixels > most and all_pixels <= _SMALL[2] and problem.g == 1
-    if small and problem.format == "nchw" and target.vector_bytes == 64 and not target.double_pumped:
+    if small and problem.format == "nchw" and full_rate:
         return
     config = choose_config(problem, target, 2)
     row = joined(problem) if _joined(problem) else problem
     ratio = packed_cycles(row, target, choose_packed(row, target)) / config.threads / config.cycles
-    if ratio < (_LEAST_RATIO[problem.format] if pixels <= most else _CLEAR_RATIO):
+    if ratio < (_LEAST_RATIO[problem.format] if pixels <= most else _FULL_RATE_CLEAR if full_rate else _CLEAR_RATIO):
         raise Unsupported(f"packed panels are predicted to be faster ({ratio:.2f} times the cycles, {pixels} pixels)")
+
+
+def _most_at_full_rate(problem: ConvProblem) -> int:
+    """Outputs of all images, at most, with AVX-512 at full rate: packed panels are the faster ones the more pixels share what packing them costs."""
+    few_weights = problem.k * problem.cg < _MANY_WEIGHTS
+    if problem.format == "nchw":
+        return 1700 if few_weights else 800
+    if problem.r * problem.s > 1 or not few_weights:
+        return 200
+    return 3300 if problem.n == 1 else 1600
 
 
 def _crowded(problem: ConvProblem, target: Target) -> bool:
