@@ -36,6 +36,8 @@ _SLACK = 1024
 _LEAST_CHANNELS = 16  # a vector of the widest target, of float32
 _Tables = dict[str, npt.NDArray[Any]]
 _DOUBLE_PUMPED = 0.885  # strided layers: measured over predicted, beside direct convolution's, where products take twice as long as all else was fitted for
+_FULL_RATE = {("nhwc", "forward"): 0.91, ("nhwc", "grad_input"): 0.765, ("nchw", "grad_input"): 0.965}
+"""The same with AVX-512 at full rate, from more than four source channels on: direct convolution's predicted cycles are too many by so much."""
 _REPRODUCIBLE_BATCH = 8  # the batch that the choice of algorithm is made for where it must not depend on the batch
 
 
@@ -258,11 +260,20 @@ def _faster_than_direct(problem: ConvProblem, target: Target, threads: int, allo
     best = choose_config(problem, target, threads, allowed)
     config = direct_config(problem, target, threads)
     direct = direct_cycles(problem, target, config.cycles, threads, packs_at_use(problem, target, config))
-    if problem.stride != (1, 1) and target.double_pumped:
-        direct /= _DOUBLE_PUMPED
+    if problem.stride != (1, 1):
+        direct *= _correction(problem, target)
     if options.current().implementation != "winograd" and best.cycles > direct:
         raise Unsupported(f"direct convolution is predicted to be faster ({direct:.3g} cycles; {best.algorithm.name} {best.cycles:.3g})")
     return (best.algorithm,)
+
+
+def _correction(problem: ConvProblem, target: Target) -> float:
+    """Of direct convolution's predicted cycles for a strided layer (docs/engineering/cpu-winograd.md)."""
+    if target.double_pumped:
+        return 1 / _DOUBLE_PUMPED
+    if target.vector_bytes < 64 or Roles(problem).few:
+        return 1.0
+    return _FULL_RATE.get((problem.format, problem.direction), 1.0)
 
 
 WINOGRAD = Winograd()
