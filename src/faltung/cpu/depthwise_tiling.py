@@ -12,6 +12,9 @@ from .target import Target
 
 __all__ = ["Tiling", "asks_ahead", "edges", "reach_of", "tiling"]
 
+_SIDE_BY_SIDE = 32  # vectors of channels of a task, and twice as many where there are tasks enough
+_MOST_TAPS = 13 * 13  # up to which so many are better than 8: their weights stay in the second-level cache
+_LEAST_ROWS = 4  # of a task
 _PLANE_COLUMNS = 32  # of a row from which on it is transposed by itself
 _LINE = 64  # bytes
 _FAR_BYTES, _NEAR_BYTES = 20 << 20, 8 << 20  # of a source whose rows are asked for ahead, at stride 2 and at stride 1
@@ -64,11 +67,14 @@ def tiling(problem: ConvProblem, lanes: Lanes, lines_: tuple[Line, Line], target
         tile_cols = -(-tile_cols // 2)
     vectors = 1
     if lanes.format == "nhwc" and lanes.kind == "same":
-        vectors = max(1, min(total, _most_vectors(lanes, rows, cols, target, direct), budget // ((cols.length(tile_cols)) * ring)))
+        most = _most_vectors(lanes, rows, cols, target, direct)
+        if most == _SIDE_BY_SIDE and problem.n * max(1, rows.count // _LEAST_ROWS) * -(-total // (2 * most)) >= 4 * threads:
+            most = 2 * most
+        vectors = max(1, min(total, most, budget // ((cols.length(tile_cols)) * ring)))
         vectors = -(-total // -(-total // vectors))
     others = problem.n * -(-total // vectors) * -(-cols.count // tile_cols)
     pieces = 1
-    while others * pieces < 4 * threads and pieces < rows.count // 4:
+    while others * pieces < 4 * threads and pieces < rows.count // _LEAST_ROWS:
         pieces += 1
     columns = max(len(phase.taps) for phase in cols.phases)
     widths = [last - first for first, last in map(cols.direct, cols.phases)] if direct else [phase.count for phase in cols.phases]
@@ -79,14 +85,16 @@ def tiling(problem: ConvProblem, lanes: Lanes, lines_: tuple[Line, Line], target
 def _most_vectors(lanes: Lanes, rows: Line, cols: Line, target: Target, direct: bool) -> int:
     """Vectors side by side in memory that a task of nhwc takes.
 
-    With 8 of them the hardware sees a stream.  A strided gradient's results are written in phases, every second pixel at a time: whole rows of up to 32
-    (512 and 1024 channels at 28x28 and 14x14 take 0.6 of the time that 8 take).  Vectors of half a cache line (AVX2) want whole pixels: 3x3 kernels are 5 to
-    28 % faster with 64 than with 8, but 5x5 and 7x7, whose weights then leave the first-level cache, up to 15 % slower.
+    With 8 of them the hardware sees a stream. With AVX-512 at full rate 32 take 0.9 of the time that 8 take (at batch 8 1.06 times as fast, and 64 1.09
+    times; at batch 1 1.11 times; up to 1.5 where 9 were two tasks). A strided gradient's results are written in phases, every second pixel at a time: whole
+    rows of up to 32 (512 and 1024 channels at 28x28 and 14x14 take 0.6 of the time that 8 take). Vectors of half a cache line (AVX2) want whole pixels: 3x3
+    kernels are 5 to 28 % faster with 64 than with 8, but 5x5 and 7x7, whose weights then leave the first-level cache, up to 15 % slower.
     """
     taps = max(len(phase.taps) for phase in rows.phases) * max(len(phase.taps) for phase in cols.phases)
     if target.vector_bytes < _LINE and 64 * taps * lanes.entry_bytes <= target.l1 and not lanes.numeric.converts:
         return 64
-    return 32 if direct and cols.output_step > 1 else 8
+    full_rate = target.vector_bytes == _LINE and not target.double_pumped and taps <= _MOST_TAPS
+    return _SIDE_BY_SIDE if full_rate or (direct and cols.output_step > 1) else 8
 
 
 def reach_of(cols: Line, phase: LinePhase, block: int) -> Reach:
