@@ -32,6 +32,15 @@ PROBLEMS = (
     "grad_weight f32 nchw n2c64h9w9k36r3s3 p1 g2 bias",
     "grad_weight f64 nhwc n1c70h13w11k37r1s1 bias wnhwc",
     "grad_weight f64 nchw n2c35h8w9k9r3s2 st2 p1 bias wnhwc",
+    # paddings other than zeros: runs of outputs that read backwards, one pixel again and again, the other end
+    "grad_weight f32 nhwc n1c40h13w17k3r9s9 p4 reflect bias wnhwc",
+    "grad_weight f32 nchw n1c40h13w17k3r9s9 p4 reflect bias",
+    "grad_weight f32 nhwc n2c20h9w8k4r5s3 p3,2,1,4 circular st2 bias",
+    "grad_weight f32 nhwc n2c20h9w8k4r5s3 p3,2,1,4 replicate st2x3 bias wnhwc",
+    "grad_weight f32 nchw n5c20h6w5k21r3s3 p2 replicate bias",
+    "grad_weight f64 nchw n1c19h7w210k2r3s4 p2,3,1,2 reflect d2x1 bias",
+    "grad_weight f32 nhwc n1c17h2w3k2r3s3 p1,2,1,0 reflect d1 bias wnhwc",
+    "grad_weight f32 nhwc n3c48h7w7k6r3s3 p6 d4 circular g3 wnhwc",
 )
 
 
@@ -40,11 +49,12 @@ def test_same_bits_for_any_blocks_and_threads(text: str) -> None:
     problem = ConvProblem.parse(text)
     inputs = testing.make_inputs(problem)
     wanted = harness.launch(harness.plan_named("outer", problem, 1), inputs)
-    chosen = outer.choose_config(problem, target.target(), 3)
+    chosen, taps = outer.choose_config(problem, target.target(), 3), problem.r * problem.s
     assert chosen.block_groups * chosen.block_panels > 0
     plans = [harness.plan_named("outer", problem, threads) for threads in (2, 3)]
     with config.override(poison=True):
         blocks = [replace(chosen, block_groups=groups, block_panels=panels, threads=3) for groups in (1, 2, 3) for panels in (1, 2)]
+        blocks += [replace(chosen, tap_blocks=count, threads=3) for count in {1, min(2, taps), min(5, taps), taps}]
         plans += [outer.build_plan(problem, target.target(), block, "outer") for block in blocks]
     for plan in plans:
         for _ in range(3):  # threads meet in another order each time
@@ -64,6 +74,8 @@ def test_where_it_is_chosen(isa: str) -> None:
     few = (
         "grad_weight f32 nchw n2c320h64w64k4r3s3 p1 bias",  # few output channels
         "grad_weight f32 nhwc n4c128h32w32k2r3s3 p1 bias wnhwc",
+        "grad_weight f32 nhwc n1c32h64w64k3r9s9 p4 reflect bias wnhwc",
+        "grad_weight f32 nchw n1c32h256w256k3r9s9 p4 reflect bias",
         "grad_weight f32 nchw n4c32h56w56k32r8s8 st8 bias",  # kernels that do not overlap
         "grad_weight f32 nchw n1c256h14w14k1024r1s1",
         "grad_weight f64 nchw n1c512h7w7k512r1s1",
@@ -71,6 +83,7 @@ def test_where_it_is_chosen(isa: str) -> None:
     )
     many = (
         "grad_weight f32 nchw n8c64h56w56k64r1s1",
+        "grad_weight f32 nhwc n1c64h9w9k64r3s3 p1 reflect wnhwc",
         "grad_weight f32 nchw n1c64h56w56k128r3s3 st2 p1",
         "grad_weight bf16 nhwc n1c256h14w14k512r1s1 wnhwc",
         "grad_weight f32 nchw n1c512h32w32k1024r1s1",  # planes, and pixels, a page apart

@@ -1,7 +1,7 @@
 """The weight's gradient as sums of outer products: x and the gradient of y are read where they lie, but for x in nchw, a piece of which is transposed.
 
 Packed panels cost ``direct`` and ``pointwise`` more than they save where pixels are few, and their sums are transposed at the end (vectors run over output
-channels there).  Any kernel, stride, dilation and number of groups; zero padding; float32 and float64 (a broadcast that converts costs too much).
+channels there).  Any kernel, stride, dilation, padding and number of groups; float32 and float64 (a broadcast that converts costs too much).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from ..problem import ConvProblem
 from . import target as targets
 from .direct_weight import choose_config as choose_packed
 from .direct_weight import predicted_cycles as packed_cycles
+from .geometry import padded_index
 from .outer_kernel import ARGUMENTS, PIECE, TAP, OuterKernel
 from .plan import CpuPlan
 from .pointwise import joined
@@ -49,6 +50,9 @@ _FULL_RATE_CLEAR = 1.3  # with AVX-512 at full rate
 _MANY_WEIGHTS = 128 << 10  # for the limits of AVX-512 at full rate
 _FEW_ROWS = 4  # output channels of a group: packed panels waste most lanes (AVX2: 3x3 of 320 channels to 4 2.2 times as fast here, 128 to 2 2.5 times)
 _ONE_TASK_PIXELS = {"nchw": 1 << 15, "nhwc": 1 << 17}  # of those: they are few tasks, and packed panels share out the pixels among any number of threads
+_SHARED_TAPS = (
+    49  # so many are shared out in nchw too, whose pixels each task transposes anew (9x9 with reflection, 32 channels to 3 at 256x256: 2.1 times as fast)
+)
 _MANY_TAPS = 64  # of kernels that do not overlap, whose pixels are used once however they are packed (8x8 of 32 channels: 1.7 times as fast here)
 _GROUPED_PIXELS = 392  # AVX-512, groups of at most a vector's lanes: from so many outputs on lanes over groups are faster, 1.2 to 1.5 times at batch 8
 _CROWDED_CHANNELS = 512  # nchw, AVX-512: of y with planes whole pages apart, whose elements, a row's each, meet in one set of the first-level cache
@@ -61,8 +65,9 @@ _Table = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class OuterConfig:
-    """``rows`` x ``vectors`` accumulators; panels of input channels and groups of rows (output channels) of a task; threads worth their start, and predicted
-    cycles.  None of them decides bits: those depend on the pieces of the pixels, which are made from the problem's sizes alone."""
+    """``rows`` x ``vectors`` accumulators; panels of input channels and groups of rows (output channels) of a task, and blocks of taps that are tasks;
+    threads worth their start, and predicted cycles.  None of them decides bits: those depend on the pieces of the pixels, which are made from the problem's
+    sizes alone."""
 
     rows: int
     vectors: int
@@ -70,6 +75,7 @@ class OuterConfig:
     block_groups: int
     threads: int
     cycles: float
+    tap_blocks: int = 1
 
 
 def _joined(problem: ConvProblem) -> bool:
@@ -96,40 +102,83 @@ def _pieces(problem: ConvProblem) -> _Table:
         ends = [total * i // count for i in range(count + 1)]
         return list(itertools.pairwise(ends))
 
-    boxes = [(*i, *r, *c, *_pixels(problem, r, c)) for i in parts(n, images) for r in parts(p, rows) for c in parts(q, _PIECE)]
+    reads = None if _joined(problem) else _reads(problem)
+    boxes = [(*i, *r, *c, *_pixels(problem, reads, r, c)) for i in parts(n, images) for r in parts(p, rows) for c in parts(q, _PIECE)]
     return np.array(boxes, dtype=np.int64).reshape(-1, len(PIECE))
 
 
-def _pixels(problem: ConvProblem, rows: tuple[int, int], columns: tuple[int, int]) -> tuple[int, int]:
-    """The run of an image's pixels of x that outputs of ``rows`` and ``columns`` read."""
-    if _joined(problem):
-        return columns
+@dataclass(frozen=True)
+class _Reads:
+    """Of every output of an axis: the first and the last index of x that its taps read, and whether one of them is in a padding that is not zeros."""
+
+    first: _Table
+    last: _Table
+    at_edge: npt.NDArray[np.bool_]
+
+
+def _reads(problem: ConvProblem) -> tuple[_Reads, _Reads]:
+    """Of the rows and of the columns."""
     left, _, top, _ = problem.padding
-    (high, wide), (tall, broad) = problem.stride, problem.effective_kernel
-    first = max(0, rows[0] * high - top), max(0, columns[0] * wide - left)
-    last = min(problem.h - 1, (rows[1] - 1) * high - top + tall - 1), min(problem.w - 1, (columns[1] - 1) * wide - left + broad - 1)
-    start, stop = first[0] * problem.w + first[1], last[0] * problem.w + last[1] + 1
-    return start, max(start, stop)
+    found = []
+    for axis, size, outputs, taps, before in ((0, problem.h, problem.p, problem.r, top), (1, problem.w, problem.q, problem.s, left)):
+        plain = np.arange(outputs)[:, None] * problem.stride[axis] + np.arange(taps) * problem.dilation[axis] - before
+        index = np.clip(plain, 0, size - 1) if problem.padding_mode == "zeros" else padded_index(plain, size, problem.padding_mode)
+        outside = (plain != index).any(axis=1) & (problem.padding_mode != "zeros")
+        found.append(_Reads(index.min(axis=1), index.max(axis=1), outside))
+    return found[0], found[1]
 
 
-def _taps(problem: ConvProblem, row: int, column: int) -> _Table:
-    """See :data:`faltung.cpu.outer_kernel.TAP`; ``row`` and ``column``: bytes from one of x to the next."""
+def _pixels(problem: ConvProblem, reads: tuple[_Reads, _Reads] | None, rows: tuple[int, int], columns: tuple[int, int]) -> tuple[int, int, bool]:
+    """The run of an image's pixels of x that outputs of ``rows`` and ``columns`` read, and whether they read in the padding."""
+    if reads is None:
+        return *columns, False
+    high, wide = slice(*rows), slice(*columns)
+    start = int(reads[0].first[high].min()) * problem.w + int(reads[1].first[wide].min())
+    stop = int(reads[0].last[high].max()) * problem.w + int(reads[1].last[wide].max()) + 1
+    return start, stop, bool(reads[0].at_edge[high].any() or reads[1].at_edge[wide].any())
+
+
+def _runs(size: int, outputs: int, first: int, step: int, mode: str) -> list[tuple[int, int, int, int]]:
+    """What a tap reads along an axis, ``first`` for output 0 were it inside: where output 0 would read, its step, first and last output of a run of
+    equal steps.  The first run is what is inside, and may be empty; in zero padding there are no others."""
+    low = min(outputs, max(0, -(first // step)))
+    high = min(outputs, max(0, (size - 1 - first) // step + 1))
+    found = [(first, step, low, high)]
+    if mode != "zeros":
+        index = padded_index(first + step * np.arange(outputs), size, mode).tolist()
+        for begin, stop in ((0, low), (high, outputs)):
+            start = begin
+            while start < stop:
+                own = index[start + 1] - index[start] if start + 1 < stop else 0
+                end = start + 1
+                while end < stop and index[end] - index[end - 1] == own:
+                    end += 1
+                found.append((index[start] - own * start, own, start, end))
+                start = end
+    return found
+
+
+def _taps(problem: ConvProblem, row: int, column: int, blocks: int) -> tuple[_Table, _Table]:
+    """See :data:`faltung.cpu.outer_kernel.TAP`, and where the entries of each block of taps in the padding begin; ``row`` and ``column``: bytes from one
+    of x to the next."""
     _, p, q = _grid(problem)
     left, _, top, _ = problem.padding
     if _joined(problem):
-        return np.array([[0, 0, p, 0, q]], dtype=np.int64)
-
-    def inside(first: int, step: int, size: int, outputs: int) -> tuple[int, int]:
-        """Outputs ``i`` for which ``first + i * step`` is an index of ``size``."""
-        return min(outputs, max(0, -(first // step))), min(outputs, max(0, (size - 1 - first) // step + 1))
-
-    found = []
-    for r in range(problem.r):
-        for s in range(problem.s):
-            y, x = r * problem.dilation[0] - top, s * problem.dilation[1] - left
-            rows, columns = inside(y, problem.stride[0], problem.h, p), inside(x, problem.stride[1], problem.w, q)
-            found.append((y * row + x * column, *rows, *columns))
-    return np.array(found, dtype=np.int64).reshape(-1, len(TAP))
+        return np.array([[0, 0, row, column, 0, p, 0, q]], dtype=np.int64), np.ones(2, np.int64)
+    inside: list[tuple[int, ...]] = []
+    edges: list[tuple[int, ...]] = []
+    starts: list[int] = []
+    taps = problem.r * problem.s
+    for tap in range(taps):
+        if tap in (taps * b // blocks for b in range(len(starts), blocks)):
+            starts.append(taps + len(edges))
+        r, s = divmod(tap, problem.s)
+        rows = _runs(problem.h, p, r * problem.dilation[0] - top, problem.stride[0], problem.padding_mode)
+        columns = _runs(problem.w, q, s * problem.dilation[1] - left, problem.stride[1], problem.padding_mode)
+        entries = [(tap, y * row + x * column, y_step * row, x_step * column, *spans, *span) for y, y_step, *spans in rows for x, x_step, *span in columns]
+        inside.append(entries[0])
+        edges += entries[1:]
+    return np.array(inside + edges, dtype=np.int64).reshape(-1, len(TAP)), np.array([*starts, taps + len(edges)], np.int64)
 
 
 def _block(rows: int, vectors: int, target: Target) -> tuple[int, int]:
@@ -169,7 +218,13 @@ def choose_config(problem: ConvProblem, target: Target, threads: int) -> OuterCo
         few = {min(most, max(least, -(-count // (problem.g * c_blocks)))) for count in (1, threads, 2 * threads)}
         found += [(c_blocks, k) for k in sorted({least, *few, *range(enough, most + 1)})]
     c_blocks, k_blocks = min(found, key=busiest)
-    return OuterConfig(rows, vectors, -(-panels // c_blocks), -(-groups // k_blocks), threads, busiest((c_blocks, k_blocks))[0] * pixels)
+    # Channels too few to share out: the taps are, whose sums are apart.  In nchw each block of them transposes x anew.
+    tasks = problem.g * c_blocks * k_blocks
+    tap_blocks = min(taps, -(-(threads if nchw else wanted) // tasks)) if tasks < threads else 1
+    cycles = busiest((c_blocks, k_blocks))[0] * pixels
+    if tap_blocks > 1:
+        cycles /= min(tap_blocks, threads)
+    return OuterConfig(rows, vectors, -(-panels // c_blocks), -(-groups // k_blocks), threads, cycles, tap_blocks)
 
 
 class Outer:
@@ -184,8 +239,8 @@ class Outer:
         target = targets.target()
         if Numeric(problem.dtype, target).converts:
             raise Unsupported("float32 and float64 only: elements would be converted each time that they are broadcast")
-        if problem.padding_mode != "zeros" and any(problem.padding):
-            raise Unsupported("zero padding only: x is read where it lies")
+        if problem.padding_mode == "circular" and any(problem.padding) and problem.format == "nchw":
+            raise Unsupported("circular padding in nchw: a piece would transpose both ends of the image and all between")
         if problem.empty:
             raise Unsupported("nothing to compute")
         if options.current().implementation != self.name:
@@ -196,6 +251,8 @@ class Outer:
 def _refuse(problem: ConvProblem, target: Target) -> None:
     """Raises :class:`Unsupported` where packed panels are predicted, or were measured, to be faster.  As it decides bits, it is made for two threads always."""
     lanes, taps = Numeric(problem.dtype, target).lanes, problem.r * problem.s
+    if problem.padding_mode != "zeros" and any(problem.padding) and problem.kg > _FEW_ROWS:
+        raise Unsupported(f"a padding other than zeros: measured with {_FEW_ROWS} output channels and fewer only")
     full_rate = target.vector_bytes == 64 and not target.double_pumped
     pixels = problem.p * problem.q * (problem.n if target.vector_bytes == 32 or full_rate else 1)
     most = _most_at_full_rate(problem) if full_rate else _MOST_PIXELS.get((problem.format, target.vector_bytes))
@@ -206,7 +263,8 @@ def _refuse(problem: ConvProblem, target: Target) -> None:
     if problem.cg % lanes and target.vector_bytes == 32:
         raise Unsupported("a partial vector of input channels: AVX2's masked accesses take half of the speed")
     all_pixels = problem.n * problem.p * problem.q
-    if problem.kg <= _FEW_ROWS and (taps > 1 or problem.format == "nhwc") and all_pixels <= _ONE_TASK_PIXELS[problem.format]:
+    far = _ONE_TASK_PIXELS["nhwc" if taps >= _SHARED_TAPS else problem.format]
+    if problem.kg <= _FEW_ROWS and (taps > 1 or problem.format == "nhwc") and all_pixels <= far:
         return
     apart = problem.stride[0] >= problem.r and problem.stride[1] >= problem.s
     if problem.format == "nchw" and apart and taps >= _MANY_TAPS and all_pixels <= _ONE_TASK_PIXELS["nchw"]:
@@ -269,7 +327,8 @@ def build_plan(problem: ConvProblem, target: Target, config: OuterConfig, name: 
     gy_image, gy_channel, gy_row, gy_column = pitches(problem, False)
     panel = vectors * lanes * size
     pixel = panel if nchw else x_pixel
-    pieces, tap_table, zeros = _pieces(problem), _taps(problem, problem.w * pixel, pixel), np.zeros(panel, np.uint8)
+    pieces, zeros = _pieces(problem), np.zeros(panel, np.uint8)
+    tap_table, edge_table = _taps(problem, problem.w * pixel, pixel, config.tap_blocks)
     # What a piece reads of a panel in nchw; a last block of pixels is stored whole.
     piece = {name: pieces[:, i] for i, name in enumerate(PIECE)}
     transposed = align((int((piece["last_pixel"] - piece["first_pixel"]).max()) + lanes) * panel)
@@ -279,11 +338,12 @@ def build_plan(problem: ConvProblem, target: Target, config: OuterConfig, name: 
     scratch_at = bias_at + (align(problem.k * size + 64, 4096) if problem.epilogue.bias else 0)
     segment = max(1, _SEGMENT_BYTES // (min(_PIECE, math.prod(_grid(problem))) * panel))
     values = {
-        "tasks": problem.g * c_blocks * k_blocks, "finish_tasks": problem.k if gathered else 0, "has_bias": int(problem.epilogue.bias), "bias_at": bias_at,
-        "source_image": x_image, "source_channel": x_channel, "x_image": transposed if nchw else x_image, "x_row": problem.stride[0] * problem.w * pixel,
-        "x_column": problem.stride[1] * pixel, "x_pixel": pixel, "x_group": problem.cg * x_channel,
+        "tasks": problem.g * config.tap_blocks * c_blocks * k_blocks, "finish_tasks": problem.k if gathered else 0,
+        "has_bias": int(problem.epilogue.bias), "bias_at": bias_at,
+        "source_image": x_image, "source_channel": x_channel, "x_image": transposed if nchw else x_image, "x_pixel": pixel, "x_group": problem.cg * x_channel,
         "gy_image": gy_image, "gy_row": gy_row, "gy_column": gy_column, "gy_channel": gy_channel,
-        "pieces": len(pieces), "piece_table": pieces.ctypes.data, "taps": taps, "tap_table": tap_table.ctypes.data, "zeros": zeros.ctypes.data,
+        "pieces": len(pieces), "piece_table": pieces.ctypes.data, "taps": taps, "tap_table": tap_table.ctypes.data,
+        "tap_blocks": config.tap_blocks, "edge_table": edge_table.ctypes.data, "zeros": zeros.ctypes.data,
         "c_blocks": c_blocks, "block_panels": config.block_panels, "segment_panels": segment, "panels": panels, "wide_panels": wide_panels,
         "k_blocks": k_blocks, "block_groups": config.block_groups, "row_groups": groups, "wide_groups": wide_groups, "out_channels": problem.kg,
         "group_channels": problem.cg, "sum_row": taps * sum_tap, "sum_tap": sum_tap, "weight_row": taps * problem.cg * size,
@@ -292,4 +352,4 @@ def build_plan(problem: ConvProblem, target: Target, config: OuterConfig, name: 
     facts = {"block": f"{rows}x{vectors}", "pieces": len(pieces), "tasks": values["tasks"], "predicted_cycles": config.cycles}
     block = ARGUMENTS.pack(config.threads, values)
     workspace_bytes = scratch_at + config.threads * scratch_size
-    return CpuPlan(problem, name, load(kernel.name, target, kernel.emit), block, [pieces, tap_table, zeros], workspace_bytes, facts)
+    return CpuPlan(problem, name, load(kernel.name, target, kernel.emit), block, [pieces, tap_table, edge_table, zeros], workspace_bytes, facts)

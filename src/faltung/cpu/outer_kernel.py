@@ -2,15 +2,16 @@
 
 Vectors run over input channels, which are neighbours in a pixel of nhwc and in the weight's gradient; the gradient of y is broadcast, in either format::
 
-    stage 1, for each group, block of input channels, block of output channels:
+    stage 1, for each group, block of taps, block of input channels, block of output channels:
         for each piece of the pixels, segment of input channels:
             (nchw, where a segment is a panel: transpose what the piece reads of x)
-            for each tap, rows of output channels, panel:                               micro-kernel
+            for each tap of the task's, rows of output channels, panel:                 micro-kernel
             (first block of input channels: sums of the gradient of y, for the bias)
     stage 2 (several taps that are neighbours in the weight):                           sums to the weight's gradient
 
 Nothing else is packed, no sum is shared by two tasks, and no result is transposed where a tap's channels are neighbours in the weight.
-Each tap clips a piece to the outputs that it reads inside x for.
+Each tap clips a piece to the outputs that it reads inside x for.  What it reads in a padding other than zeros are runs of outputs too, whose steps in x may
+be negative or nothing: entries of the tap table behind those of the taps.
 """
 
 from __future__ import annotations
@@ -28,20 +29,22 @@ __all__ = ["ARGUMENTS", "PIECE", "TAP", "OuterKernel"]
 
 ARGUMENTS = ArgumentBlock(
     (
-        "tasks", "finish_tasks", "has_bias", "bias_at", "source_image", "source_channel", "x_image", "x_row", "x_column", "x_pixel", "x_group",
-        "gy_image", "gy_row", "gy_column", "gy_channel", "pieces", "piece_table", "taps", "tap_table", "zeros", "c_blocks", "block_panels", "segment_panels",
-        "panels", "wide_panels", "k_blocks", "block_groups", "row_groups", "wide_groups", "out_channels", "group_channels", "sum_row", "sum_tap",
-        "weight_row", "scratch_at", "scratch_size",
+        "tasks", "finish_tasks", "has_bias", "bias_at", "source_image", "source_channel", "x_image", "x_pixel", "x_group",
+        "gy_image", "gy_row", "gy_column", "gy_channel", "pieces", "piece_table", "taps", "tap_table", "tap_blocks", "edge_table", "zeros",
+        "c_blocks", "block_panels", "segment_panels", "panels", "wide_panels", "k_blocks", "block_groups", "row_groups", "wide_groups", "out_channels",
+        "group_channels", "sum_row", "sum_tap", "weight_row", "scratch_at", "scratch_size",
     )
 )  # fmt: skip
-"""Pitches are bytes: of x as it is read (rows and columns of the output apart, and its pixels), of the gradient of y, of the sums and of the weight; nchw: of
-x in memory too.  Panels are of input channels, row groups of output channels; of both the ``wide`` ones come first.  A segment is what
-all rows of a task meet before the next panels."""
+"""Pitches are bytes: of x as it is read, of the gradient of y, of the sums and of the weight; nchw: of x in memory too.  Of the tap table's entries behind
+the taps those of block ``b`` begin at entry ``edge_table[b]`` and end at the next one's first.  Panels are of input channels, row groups of output channels;
+of both the ``wide`` ones come first.  A segment is what all rows of a task meet before the next panels."""
 
-PIECE = ("first_image", "last_image", "first_row", "last_row", "first_column", "last_column", "first_pixel", "last_pixel")
-"""An entry of the piece table: the outputs whose products are summed from zero, and the pixels of x, a run of an image, that they read."""
-TAP = ("offset", "first_row", "last_row", "first_column", "last_column")
-"""An entry of the tap table: bytes from an output's pixel of x, and the outputs for which that is inside x."""
+PIECE = ("first_image", "last_image", "first_row", "last_row", "first_column", "last_column", "first_pixel", "last_pixel", "at_edge")
+"""An entry of the piece table: the outputs whose products are summed from zero, the pixels of x, a run of an image, that they read, and whether some of
+them are in the padding."""
+TAP = ("tap", "offset", "x_row", "x_column", "first_row", "last_row", "first_column", "last_column")
+"""An entry of the tap table: the tap; where output 0 would read, in bytes from pixel 0 of x, and from there for an output row and column more; and the outputs
+that it holds for."""
 _TRANSPOSE = [("ptr", "source"), ("ptr", "target"), ("i64", "pixels"), ("i64", "channels"), ("i64", "plane")]
 _WAYS = 4
 _BIAS = [
@@ -212,12 +215,16 @@ class _Builder:
 
         def body(index: Value) -> None:
             k_block, rest = index % task["k_blocks"], index // task["k_blocks"]
-            c_block, group = rest % task["c_blocks"], rest // task["c_blocks"]
+            c_block, rest = rest % task["c_blocks"], rest // task["c_blocks"]
+            tap_block, group = rest % task["tap_blocks"], rest // task["tap_blocks"]
+            edges = task.table("edge_table") + tap_block * 8
             first_group, first_panel = k_block * task["block_groups"], c_block * task["block_panels"]
             first_k = group * task["out_channels"]
             t = {
                 "first_group": first_group, "last_group": f.minimum(first_group + task["block_groups"], task["row_groups"]), "first_panel": first_panel,
-                "last_panel": f.minimum(first_panel + task["block_panels"], task["panels"]), "c_block": c_block, "first_k": first_k,
+                "last_panel": f.minimum(first_panel + task["block_panels"], task["panels"]), "first_k": first_k,
+                "c_block": c_block, "tap_block": tap_block, "first_tap": task["taps"] * tap_block // task["tap_blocks"],
+                "last_tap": task["taps"] * (tap_block + 1) // task["tap_blocks"], "first_edge": f.load(edges), "last_edge": f.load(edges + 8),
                 "source": task.operand("source") + group * task["x_group"], "gy": task.operand("other") + first_k * task["gy_channel"],
                 "sums": sums + first_k * task["sum_row"],
             }  # fmt: skip
@@ -231,7 +238,8 @@ class _Builder:
         box = _entry(f, task.table("piece_table"), number, PIECE)
         box["images"], box["number"] = box["last_image"] - box["first_image"], number
         box["gy"] = t["gy"] + box["first_image"] * task["gy_image"]
-        wanted = f.define("i1", f"and i1 {(task['has_bias'] > 0).text}, {t['c_block'].equals(0).text}")
+        alone = (t["c_block"] + t["tap_block"]).equals(0)
+        wanted = f.define("i1", f"and i1 {(task['has_bias'] > 0).text}, {alone.text}")
         with f.when(wanted):
             self.add_bias(f, task, t, box)
         if kernel.format == "nchw":
@@ -261,24 +269,27 @@ class _Builder:
     ) -> None:
         """Panels ``first`` to ``last`` with all taps and the task's rows; pixel 0 of the piece's first image of x is at ``x``."""
         kernel, lanes, size = self.kernel, self.numeric.lanes, self.numeric.compute_bytes
-        fresh = box["number"].equals(0)
-        pitches = [task[name] for name in ("x_image", "x_row", "x_column", "gy_image", "gy_row", "gy_column", "gy_channel", "sum_row")]
+        gy_pitches = [task[name] for name in ("gy_image", "gy_row", "gy_column", "gy_channel", "sum_row")]
 
-        def tap(number: Value) -> None:
+        def tap(number: Value, fresh: Value | None) -> None:
             inside = _entry(f, task.table("tap_table"), number, TAP)
             p, q = f.maximum(box["first_row"], inside["first_row"]), f.maximum(box["first_column"], inside["first_column"])
             rows = f.maximum(f.minimum(box["last_row"], inside["last_row"]) - p, 0)
             columns = f.maximum(f.minimum(box["last_column"], inside["last_column"]) - q, 0)
-            x_at, gy_at = x + p * task["x_row"] + q * task["x_column"] + inside["offset"], box["gy"] + p * task["gy_row"] + q * task["gy_column"]
+            x_at = x + p * inside["x_row"] + q * inside["x_column"] + inside["offset"]
+            gy_at = box["gy"] + p * task["gy_row"] + q * task["gy_column"]
+            pitches = [task["x_image"], inside["x_row"], inside["x_column"], *gy_pitches]
 
             def row_group(j: Value, size_of_group: int) -> None:
                 k = self.start(f, task["wide_groups"], j, kernel.rows)
-                gy_rows, sums = gy_at + k * task["gy_channel"], t["sums"] + number * task["sum_tap"] + k * task["sum_row"]
+                gy_rows, sums = gy_at + k * task["gy_channel"], t["sums"] + inside["tap"] * task["sum_tap"] + k * task["sum_row"]
 
                 def panel(i: Value, vectors: int) -> None:
                     start = self.start(f, task["wide_panels"], i, kernel.vectors) * lanes
                     place, lanes_last = sums + start * size, task["group_channels"] - start - (vectors - 1) * lanes
-                    before, before_row = f.select(fresh, task.table("zeros"), place), f.select(fresh, f.value(0), task["sum_row"])
+                    before, before_row = place, task["sum_row"]
+                    if fresh is not None:
+                        before, before_row = f.select(fresh, task.table("zeros"), place), f.select(fresh, f.value(0), before_row)
                     x_panel = x_at if kernel.format == "nchw" else x_at + start * size
                     arguments = [x_panel, gy_rows, place, before, box["images"], rows, columns, *pitches, before_row, lanes_last]
                     f.call(self.micros[size_of_group, vectors], arguments)
@@ -288,9 +299,18 @@ class _Builder:
                 else:
                     self.each(f, first, last, task["wide_panels"], kernel.vectors, True, panel)
 
-            self.each(f, t["first_group"], t["last_group"], task["wide_groups"], kernel.rows, kernel.narrow_rows, row_group)
+            def groups() -> None:
+                self.each(f, t["first_group"], t["last_group"], task["wide_groups"], kernel.rows, kernel.narrow_rows, row_group)
 
-        f.loop(0, task["taps"], 1, tap)
+            if fresh is not None:
+                groups()
+            else:
+                with f.when(rows * columns > 0):
+                    groups()
+
+        f.loop(t["first_tap"], t["last_tap"], 1, lambda number: tap(number, box["number"].equals(0)))
+        with f.when(box["at_edge"] > 0):
+            f.loop(t["first_edge"], t["last_edge"], 1, lambda number: tap(number, None))
 
     def add_bias(self, f: Function, task: Task, t: dict[str, Value], box: dict[str, Value]) -> None:
         """The piece's share of the gradient of the bias, of the task's rows."""
