@@ -37,10 +37,10 @@ upstream: $(VENV)/.test
 
 bench: $(VENV)/.bench
 	$(BIN)/faltung bench $(BENCH_ARGS) --csv benchmarks/results/cpu.csv
-	$(BIN)/python -m faltung.bench.report $(wildcard benchmarks/results/cpu*.csv) --readme README.md --docs docs/benchmarks.md --plots docs/assets
+	$(BIN)/python -m faltung.bench.report $(wildcard benchmarks/results/cpu*.csv) --readme README.md --docs docs/benchmarks.md --plots docs/assets --layers avx512
 
 report: $(VENV)/.bench
-	$(BIN)/python -m faltung.bench.report $(wildcard benchmarks/results/cpu*.csv) --readme README.md --docs docs/benchmarks.md --plots docs/assets
+	$(BIN)/python -m faltung.bench.report $(wildcard benchmarks/results/cpu*.csv) --readme README.md --docs docs/benchmarks.md --plots docs/assets --layers avx512
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

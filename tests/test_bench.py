@@ -335,9 +335,14 @@ def test_report_replaces_the_marked_part_and_shows_losses(tmp_path):
     assert "old" not in text
     assert "| f32 8x64x56x56 to 64, 3x3 | 3.00x (2 ms) |" in text
     assert f"](plots/ratios-{HERE.isa}.png)" in text
-    assert "| all | 1 | 3.00 | 0.50 | 0 |" in text
-    assert "Forward against onnxruntime 1.2.3, each in its best format: 2.00x on 1 rows, slower on 0; least 2.00x." in text
-    assert "Forward against the best of these and stock PyTorch, each in its best format: 0.50x on 1 rows, slower on 1; least 0.50x." in text
+    assert f"| rows | number | {HERE.isa} |" in text
+    assert "| f32, forward, NCHW | 1 | 3.00 / 0.50 |" in text
+    assert "| all | 1 | 3.00 / 0.50 |" in text
+    assert "| slower in the same format |  | 0 |" in text
+    summary = report.summary_lines(make_rows())
+    assert "| all | 1 | 3.00 | 0.50 | 0 |" in summary
+    assert "Forward against onnxruntime 1.2.3, each in its best format: 2.00x on 1 rows, slower on 0; least 2.00x." in summary
+    assert "Forward against the best of these and stock PyTorch, each in its best format: 0.50x on 1 rows, slower on 1; least 0.50x." in summary
     slower = [replace(row, median=0.01) if row.provider == "faltung" else row for row in make_rows()]
     assert "**0.60x (10 ms)**" in report.layer_grid(slower)[-1]
     for name in (f"ratios-{HERE.isa}.png", f"roofline-{HERE.isa}.png"):
@@ -368,10 +373,18 @@ def test_report_keeps_instruction_sets_apart(tmp_path):
     write_csv(tmp_path / "a.csv", make_rows())
     write_csv(tmp_path / "b.csv", other)
     report.report([tmp_path / "a.csv", tmp_path / "b.csv"], readme=document, docs=None, plots=None, suite="baselines")
-    first, second = document.read_text().split("### sse2")
-    assert f"### {HERE.isa}" in first
-    assert "| f32 8x64x56x56 to 64, 3x3 | 3.00x (2 ms) |" in first
-    assert "| f32 8x64x56x56 to 64, 3x3 | 6.00x (2 ms) |" in second
+    text = document.read_text()
+    assert f"| f32, forward, NCHW | 1 | 3.00 / 0.50 | {2 * 3.0:.2f} / 1.00 |" in text
+    assert "| f32 8x64x56x56 to 64, 3x3 | 3.00x (2 ms) |" in text
+    assert "6.00x (2 ms)" not in text
+    report.report([tmp_path / "a.csv", tmp_path / "b.csv"], readme=document, docs=None, plots=None, suite="baselines", layers="sse2")
+    assert "Every layer, with sse2:" in document.read_text()
+    assert "| f32 8x64x56x56 to 64, 3x3 | 6.00x (2 ms) |" in document.read_text()
+    report.report([tmp_path / "a.csv", tmp_path / "b.csv"], readme=None, docs=document, plots=None, suite="baselines")
+    first, second = document.read_text().split("## sse2")
+    assert f"## {HERE.isa}" in first
+    assert "| 6.00 |" not in first
+    assert "| 6.00 |" in second
 
 
 def test_documents_have_the_reports_markers():

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -19,11 +19,12 @@ from .rows import Row, read_csv
 from .runner import comparisons
 from .table import NOISE, geometric_mean, seconds
 
-__all__ = ["BEGIN", "END", "detail_table", "insert", "layer_grid", "loss_table", "suite_table", "summary_lines"]
+__all__ = ["BEGIN", "END", "detail_table", "insert", "layer_grid", "loss_table", "overview_table", "suite_table", "summary_lines"]
 
 BEGIN = "<!-- benchmark: begin (generated, see `make report`) -->"
 END = "<!-- benchmark: end -->"
 
+_NOTHING = "Nothing was measured yet."
 _TITLES = {"forward": "forward", "grad_input": "input gradient", "grad_weight": "weight gradient"}
 
 
@@ -34,13 +35,15 @@ def report(
         Path | None, typer.Option(help="document whose marked part becomes the table of every row of that suite, and a summary of the others")
     ] = None,
     plots: Annotated[Path | None, typer.Option(help="folder for the pictures")] = None,
-    suite: Annotated[str, typer.Option(help="the suite of the README's table")] = "baselines",
+    suite: Annotated[str, typer.Option(help="the suite of the README's tables")] = "baselines",
+    layers: Annotated[str, typer.Option(help="the instruction set whose every layer the README shows; the first measured where that is none of them")] = "",
 ) -> None:
-    """Write tables into documents, and plots: a part for each instruction set that was measured."""
+    """Write tables into documents, and plots: a column (README) or a part for each instruction set that was measured."""
     rows = [row for file in files for row in read_csv(file)]
     machines = _by_machine(rows)
     if readme is not None:
-        insert(readme, _joined(_readme_part(part, suite, _pictures(readme, plots, isa)) for isa, part in machines.items()))
+        isa = layers if layers in machines else next(iter(machines), "")
+        insert(readme, "\n".join(_readme_lines(machines, suite, isa, _pictures(readme, plots, isa))) if machines else _NOTHING)
     if docs is not None:
         insert(docs, _joined(_docs_part(part, suite, _pictures(docs, plots, isa)) for isa, part in machines.items()))
     if plots is not None:
@@ -57,12 +60,12 @@ def _by_machine(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 
 def _joined(parts: Iterable[Sequence[str]]) -> str:
-    return "\n\n".join("\n".join(part) for part in parts) or "Nothing was measured yet."
+    return "\n\n".join("\n".join(part) for part in parts) or _NOTHING
 
 
-def _readme_part(rows: Sequence[Row], suite: str, pictures: Sequence[str]) -> list[str]:
-    chosen = [row for row in rows if row.suite == suite] or rows
-    return [f"### {rows[0].isa}", "", *summary_lines(chosen), "", *layer_grid(chosen), *pictures]
+def _readme_lines(machines: Mapping[str, Sequence[Row]], suite: str, isa: str, pictures: Sequence[str]) -> list[str]:
+    chosen = {name: [row for row in rows if row.suite == suite] or rows for name, rows in machines.items()}
+    return [*overview_table(chosen), "", f"Every layer, with {isa}:", "", *layer_grid(chosen[isa]), *pictures]
 
 
 def _docs_part(rows: Sequence[Row], suite: str, pictures: Sequence[str]) -> list[str]:
@@ -91,12 +94,38 @@ def insert(document: Path, text: str) -> None:
     document.write_text(head + BEGIN + "\n" + text + "\n" + END + rest.split(END, 1)[1], encoding="utf-8")
 
 
-def summary_lines(rows: Sequence[Row]) -> list[str]:
-    """Where it was measured, and geometric means with the number of losses, by element type, direction and format."""
-    machines = sorted(
+def _places(rows: Sequence[Row]) -> list[str]:
+    """Where and with what rows were measured, in words."""
+    return sorted(
         {f"{r.device} ({r.isa}), {r.threads} threads, torch {r.torch}, faltung {r.faltung}{f' ({r.commit})' if r.commit else ''}, {r.time[:10]}" for r in rows}
     )
-    lines = [*(f"Measured on: {machine}." for machine in machines), ""]
+
+
+def overview_table(machines: Mapping[str, Sequence[Row]]) -> list[str]:
+    """Where it was measured, and a Markdown table with a column for each machine: geometric means of stock's time over ours, in the same format and in its
+    best one, by element type, direction and format; and how many rows are slower in the same format."""
+    found: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for isa, rows in machines.items():
+        for row, same, best in comparisons(rows):
+            if row.status == "ok" and math.isfinite(same):
+                for name in (f"{row.dtype}, {_TITLES[row.direction]}, {row.format.upper()}", "all"):
+                    found.setdefault(name, {}).setdefault(isa, []).append((same, best))
+    lines = [*(f"- {place}" for rows in machines.values() for place in _places(rows)), ""]
+    lines += ["| rows | number | " + " | ".join(machines) + " |", "|---" * (len(machines) + 2) + "|"]
+    for name in sorted(found, key="all".__eq__):  # in their order, all of them last
+        cells = [_means(found[name].get(isa, [])) for isa in machines]
+        lines.append(f"| {name} | {max(map(len, found[name].values()))} | " + " | ".join(cells) + " |")
+    slower = [str(sum(same < NOISE for same, _ in found.get("all", {}).get(isa, []))) for isa in machines]
+    return [*lines, "| slower in the same format |  | " + " | ".join(slower) + " |"]
+
+
+def _means(ratios: Sequence[tuple[float, float]]) -> str:
+    return f"{geometric_mean([same for same, _ in ratios]):.2f} / {geometric_mean([best for _, best in ratios]):.2f}" if ratios else ""
+
+
+def summary_lines(rows: Sequence[Row]) -> list[str]:
+    """Where it was measured, and geometric means with the number of losses, by element type, direction and format."""
+    lines = [*(f"Measured on: {place}." for place in _places(rows)), ""]
     lines += ["| rows | number | x stock, same format | x stock, its best format | slower than stock, same format |", "|---|---|---|---|---|"]
     compared = [(row, same, best) for row, same, best in comparisons(rows) if row.status == "ok" and math.isfinite(same)]
     for dtype in dict.fromkeys(row.dtype for row, _, _ in compared):
