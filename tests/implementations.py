@@ -44,7 +44,8 @@ def _matrices(p: ConvProblem) -> bool:
 
 
 def _outer(p: ConvProblem) -> bool:
-    return p.direction == "grad_weight" and p.dtype in ("f32", "f64") and (p.padding_mode == "zeros" or not any(p.padding))
+    far = p.padding_mode == "circular" and any(p.padding) and p.format == "nchw"
+    return p.direction == "grad_weight" and p.dtype in ("f32", "f64") and not far
 
 
 def _taps(p: ConvProblem) -> bool:
