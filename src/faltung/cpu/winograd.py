@@ -38,6 +38,7 @@ _Tables = dict[str, npt.NDArray[Any]]
 _DOUBLE_PUMPED = 0.885  # strided layers: measured over predicted, beside direct convolution's, where products take twice as long as all else was fitted for
 _FULL_RATE = {("nhwc", "forward"): 0.91, ("nhwc", "grad_input"): 0.765, ("nchw", "grad_input"): 0.965}
 """The same with AVX-512 at full rate, from more than four source channels on: direct convolution's predicted cycles are too many by so much."""
+_LEAST_PRODUCED = 128  # of channels that grad_input produces, for these: with 32 and 64 direct convolution ran at 0.9 of Winograd's speed
 _REPRODUCIBLE_BATCH = 8  # the batch that the choice of algorithm is made for where it must not depend on the batch
 
 
@@ -271,7 +272,8 @@ def _correction(problem: ConvProblem, target: Target) -> float:
     """Of direct convolution's predicted cycles for a strided layer (docs/engineering/cpu-winograd.md)."""
     if target.double_pumped:
         return 1 / _DOUBLE_PUMPED
-    if target.vector_bytes < 64 or Roles(problem).few:
+    roles = Roles(problem)
+    if target.vector_bytes < 64 or roles.few or (not roles.forward and roles.out_channels < _LEAST_PRODUCED):
         return 1.0
     return _FULL_RATE.get((problem.format, problem.direction), 1.0)
 
