@@ -9,9 +9,12 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from faltung.cpu import direct, geometry, target, tiling
+from faltung.codegen.numeric import Numeric
+from faltung.cpu import depthwise_geometry, depthwise_tiling, direct, geometry, target, tiling
+from faltung.cpu.depthwise_tile import Lanes
 from faltung.cpu.geometry import Axis
 from faltung.cpu.micro import largest_rows
+from faltung.cpu.pointwise import joined
 from faltung.problem import FORMATS, PADDING_MODES, ConvProblem, Direction
 from faltung.reference import source_indices
 
@@ -152,3 +155,27 @@ def test_direct_configuration_keeps_its_budgets(isa: str, problem: ConvProblem, 
         assert direct.choose_config(other, machine, threads).chunk == config.chunk
     assert direct.choose_config(problem, machine, threads + 3).chunk == config.chunk
     assert {direct.choose_config(problem, machine, threads, orientation).chunk for orientation in ("channels", "pixels")} == {config.chunk}
+
+
+def test_joined_pixels_are_cut_into_small_tiles_and_many() -> None:
+    """1x1 in nhwc: a quarter of a megabyte of pixels at most, more tasks than threads; a small image whose weights fill the cache stays one tile."""
+    machine = replace(target.TARGETS["avx512"], l2=2 << 20)
+    for text in ("n1c1024h32w32k2048r1s1", "n1c256h64w64k128r1s1", "n8c512h28w28k128r1s1"):
+        row = joined(ConvProblem.parse(f"forward f32 nhwc {text} wnhwc"))
+        config = direct.choose_config(row, machine, 2, "channels")
+        assert config.tile[1] * row.c * 4 <= 256 << 10
+        assert -(-row.w // config.tile[1]) * config.k_blocks >= 8
+    alone = joined(ConvProblem.parse("forward f32 nhwc n1c2048h7w7k1024r1s1 wnhwc"))
+    assert direct.packs_at_use(alone, machine, direct.choose_config(alone, machine, 2, "channels"))
+
+
+def test_depthwise_tasks_take_whole_pixels_where_threads_are_not_idle() -> None:
+    """nhwc with AVX-512 at full rate: up to 32 vectors of channels side by side, 64 where tasks are left for every thread."""
+    machine = replace(target.TARGETS["avx512"], l2=2 << 20)
+    slow = replace(machine, cpu="znver4")
+    for text, wanted in (("n1c1024h7w7k1024r5s5 p2 g1024", 32), ("n8c1024h7w7k1024r5s5 p2 g1024", 64), ("n8c144h56w56k144r3s3 p1 g144", 9)):
+        problem = ConvProblem.parse(f"forward f32 nhwc {text} wnhwc")
+        lanes = Lanes(Numeric("f32", machine), "nhwc", "same", False)
+        axes = depthwise_geometry.lines(problem, reduce_columns=True)
+        assert depthwise_tiling.tiling(problem, lanes, axes, machine, 2).vectors == wanted
+        assert depthwise_tiling.tiling(problem, lanes, axes, slow, 2).vectors <= 8
