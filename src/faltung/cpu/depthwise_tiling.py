@@ -93,8 +93,8 @@ def _most_vectors(lanes: Lanes, rows: Line, cols: Line, target: Target, direct: 
     taps = max(len(phase.taps) for phase in rows.phases) * max(len(phase.taps) for phase in cols.phases)
     if target.vector_bytes < _LINE and 64 * taps * lanes.entry_bytes <= target.l1 and not lanes.numeric.converts:
         return 64
-    full_rate = target.vector_bytes == _LINE and not target.double_pumped and taps <= _MOST_TAPS
-    return _SIDE_BY_SIDE if full_rate or (direct and cols.output_step > 1) else 8
+    side_by_side = target.full_rate and taps <= _MOST_TAPS
+    return _SIDE_BY_SIDE if side_by_side or (direct and cols.output_step > 1) else 8
 
 
 def reach_of(cols: Line, phase: LinePhase, block: int) -> Reach:

@@ -36,9 +36,7 @@ ARGUMENTS = ArgumentBlock((
     "source_rows", "source_at", "source_pixel", "taps", "kernel_columns", "partial_slice", "partial_vector", "sum_tasks", "slices",
 ))  # fmt: skip
 
-_MANY_IMAGES = (
-    4  # from which on, with AVX-512 at full rate, 16 vectors of channels together are up to 1.17 times as fast as 8 (a pixel's 9 to 15 are one task then)
-)
+_MANY_IMAGES = 4  # from which on, with AVX-512 at full rate, 16 vectors of channels are up to 1.17 times as fast as 8 (9 to 15 are one task then)
 _SLICE_TASKS = 64  # tasks aimed at: enough for 16 threads to share evenly
 _PARTIAL_BYTES = 32 << 20
 
@@ -271,7 +269,7 @@ def tiling(problem: ConvProblem, source: Lanes, lines_: tuple[Line, Line], pixel
         tile_cols = -(-tile_cols // (2 * pixels)) * pixels
     vectors = 1
     if problem.format == "nhwc" and source.kind == "same":
-        most = 16 if problem.n >= _MANY_IMAGES and target.vector_bytes == 64 and not target.double_pumped else 8
+        most = 16 if problem.n >= _MANY_IMAGES and target.full_rate else 8
         vectors = max(1, min(total, most, budget // entries(tile_cols)))
         vectors = -(-total // -(-total // vectors))
     chunks, col_tiles = -(-total // vectors), -(-cols.count // tile_cols)

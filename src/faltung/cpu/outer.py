@@ -253,9 +253,8 @@ def _refuse(problem: ConvProblem, target: Target) -> None:
     lanes, taps = Numeric(problem.dtype, target).lanes, problem.r * problem.s
     if problem.padding_mode != "zeros" and any(problem.padding) and problem.kg > _FEW_ROWS:
         raise Unsupported(f"a padding other than zeros: measured with {_FEW_ROWS} output channels and fewer only")
-    full_rate = target.vector_bytes == 64 and not target.double_pumped
-    pixels = problem.p * problem.q * (problem.n if target.vector_bytes == 32 or full_rate else 1)
-    most = _most_at_full_rate(problem) if full_rate else _MOST_PIXELS.get((problem.format, target.vector_bytes))
+    pixels = problem.p * problem.q * (problem.n if target.vector_bytes == 32 or target.full_rate else 1)
+    most = _most_at_full_rate(problem) if target.full_rate else _MOST_PIXELS.get((problem.format, target.vector_bytes))
     if most is None:
         raise Unsupported(f"not measured with vectors of {target.vector_bytes} bytes")
     if problem.cg < lanes:
@@ -278,12 +277,12 @@ def _refuse(problem: ConvProblem, target: Target) -> None:
     if _crowded(problem, target):
         raise Unsupported("planes or pixels are whole pages apart: they meet in one set of the first-level cache")
     small = problem.k * problem.cg <= _SMALL[0] and problem.k <= _SMALL[1] and pixels > most and all_pixels <= _SMALL[2] and problem.g == 1
-    if small and problem.format == "nchw" and full_rate:
+    if small and problem.format == "nchw" and target.full_rate:
         return
     config = choose_config(problem, target, 2)
     row = joined(problem) if _joined(problem) else problem
     ratio = packed_cycles(row, target, choose_packed(row, target)) / config.threads / config.cycles
-    if ratio < (_LEAST_RATIO[problem.format] if pixels <= most else _FULL_RATE_CLEAR if full_rate else _CLEAR_RATIO):
+    if ratio < (_LEAST_RATIO[problem.format] if pixels <= most else _FULL_RATE_CLEAR if target.full_rate else _CLEAR_RATIO):
         raise Unsupported(f"packed panels are predicted to be faster ({ratio:.2f} times the cycles, {pixels} pixels)")
 
 

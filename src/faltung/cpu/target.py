@@ -56,6 +56,11 @@ class Target:
         """Whether the units that compute are half as wide as a vector, which takes them two turns: in units of products, all else takes half the time."""
         return self.vector_bytes == 64 and self.cpu in _DOUBLE_PUMPED
 
+    @property
+    def full_rate(self) -> bool:
+        """Whether vectors of 512 bits are computed in one turn."""
+        return self.vector_bytes == 64 and not self.double_pumped
+
     def lanes(self, element: str) -> int:
         """Elements of a compute type (``float`` or ``double``) in one vector."""
         return self.vector_bytes // {"float": 4, "double": 8}[element]

@@ -273,7 +273,7 @@ def _correction(problem: ConvProblem, target: Target) -> float:
     if target.double_pumped:
         return 1 / _DOUBLE_PUMPED
     roles = Roles(problem)
-    if target.vector_bytes < 64 or roles.few or (not roles.forward and roles.out_channels < _LEAST_PRODUCED):
+    if not target.full_rate or roles.few or (not roles.forward and roles.out_channels < _LEAST_PRODUCED):
         return 1.0
     return _FULL_RATE.get((problem.format, problem.direction), 1.0)
 
