@@ -27,6 +27,4 @@ def build(target: Target, parameters: Sequence[str], body: Callable[[Function], 
     global _serial
     _serial += 1
     kernel = load(f"test{_serial}", target, lambda: module_text(parameters, body))
-    function = kernel.function(len(parameters))
-    function.kernel = kernel  # type: ignore[attr-defined]  # keeps the code alive
-    return function
+    return kernel.function(len(parameters))

@@ -48,6 +48,9 @@ class _Assembled:
 
         return refuse
 
+    def function_on_stack(self, arguments: int, *_: Any) -> Any:
+        return self.function(arguments)
+
 
 @contextmanager
 def assembled() -> Iterator[dict[str, bytes]]:

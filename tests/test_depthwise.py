@@ -338,7 +338,7 @@ def test_generates_for_neon(fmt: str, dtype: str) -> None:
         columns = (Reach(1, 0, 1, whole), Reach(3, 1, 1, whole))
         assert len(compile_object(emit_gather(Spec(lanes, columns, 6, 1, 1, bias=True, direct=whole, ahead=whole)), target)) > 1000
         edges = Edges.of(28, shape.pixels, 1, 1, 1) if whole else None
-        assert len(compile_object(emit_weight(WeightSpec(lanes, lanes, shape, bias=True, direct=whole, edges=edges)), target)) > 1000
+        assert len(compile_object(emit_weight(WeightSpec(lanes, lanes, shape, bias=True, direct=whole, edges=edges, at_once=whole)), target)) > 1000
 
 
 def test_refusals() -> None:

@@ -74,12 +74,12 @@ def test_zeros_cost_no_more_than_stock() -> None:
 
 def test_a_large_workspace_is_given_back() -> None:
     _, kept = workspaces.workspace(1 << 16)
-    assert kept is workspaces._WITHIN.kept[2]
-    before = workspaces._WITHIN.kept[2]
+    assert kept is workspaces.WITHIN.kept[2]
+    before = workspaces.WITHIN.kept[2]
     address, large = workspaces.workspace(workspaces.KEPT_BYTES + 1)
     assert large is not None
-    assert large is not workspaces._WITHIN.kept[2]
-    assert workspaces._WITHIN.kept[2] is before
+    assert large is not workspaces.WITHIN.kept[2]
+    assert workspaces.WITHIN.kept[2] is before
     assert address % 4096 == 0
     assert workspaces.workspace(0)[1] is before
 

@@ -35,7 +35,7 @@ _grad_enabled = torch.is_grad_enabled
 _threads = torch.get_num_threads
 _compiling = torch.compiler.is_dynamo_compiling
 _options = config.current
-_apply = ops.Convolution.apply
+_apply = ops.apply
 
 
 def conv2d(

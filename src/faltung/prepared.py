@@ -161,6 +161,7 @@ class Prepared:
         self.input_shape, self.output_shape, self.weight_shape = problem.input_shape[skip:], problem.output_shape[skip:], problem.weight_shape
         self.input_strides, self.output_strides = self._strides_of_result(self.input_shape), self._strides_of_result(self.output_shape)
         self.weight_strides = layout.strides_of(self.weight_shape, problem.weight_format)
+        self._allocate: Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], Tensor] = self._poisoned if self.options.poison else self._empty
         self._forward: Callable[..., None] | None = None
         self._grad_input: Callable[..., None] | None = None
         self._grad_weight: dict[bool, Callable[..., None]] = {}
@@ -170,7 +171,7 @@ class Prepared:
         launch = self._forward
         if launch is None:
             launch = self._forward = self._launcher("forward", self.problem.epilogue.bias)
-        output = self._allocate(self.output_shape, self.output_strides)
+        output = self._allocate(self.output_shape, self.output_strides, self.dtype)
         self._run(launch, x, weight, bias, output)
         return output
 
@@ -181,7 +182,7 @@ class Prepared:
 
     def forward_frozen(self, plan: dispatch.FrozenPlan, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """:meth:`forward` by a plan of :meth:`freeze`, for the operands that it was made for."""
-        output = self._allocate(self.output_shape, self.output_strides)
+        output = self._allocate(self.output_shape, self.output_strides, self.dtype)
         self._run(plan.launch, x, weight, bias, output)
         return output
 
@@ -197,7 +198,7 @@ class Prepared:
         grad_output = self.dense_gradient(grad_output)
         if weight.stride() != self.weight_strides:
             weight = dense(weight, self.problem.weight_format)
-        grad_input = self._allocate(self.input_shape, self.input_strides)
+        grad_input = self._allocate(self.input_shape, self.input_strides, self.dtype)
         self._run(launch, grad_output, weight, None, grad_input)
         return grad_input
 
@@ -206,11 +207,12 @@ class Prepared:
         launch = self._grad_weight.get(bias)
         if launch is None:
             launch = self._grad_weight[bias] = self._launcher("grad_weight", bias)
-        grad_output = self.dense_gradient(grad_output)
+        if grad_output.stride() != self.output_strides:
+            grad_output = dense(grad_output, self.problem.format)
         if x.stride() != self.input_strides:
             x = dense(x, self.problem.format)
-        grad_weight = self._allocate(self.weight_shape, self.weight_strides)
-        grad_bias = self._allocate(self.weight_shape[:1], (1,)) if bias else None
+        grad_weight = self._allocate(self.weight_shape, self.weight_strides, self.dtype)
+        grad_bias = self._allocate(self.weight_shape[:1], (1,), self.dtype) if bias else None
         self._run(launch, x, grad_output, grad_bias, grad_weight)
         return grad_weight, grad_bias
 
@@ -227,9 +229,10 @@ class Prepared:
             shape, layout.joined_format(shape, self.problem.format, by_groups=joined_by_groups(self.dtype, self.device), groups=self.problem.g)
         )
 
-    def _allocate(self, shape: tuple[int, ...], strides: tuple[int, ...]) -> Tensor:
-        tensor = _empty_strided_cpu(shape, strides, self.dtype)
-        return tensor.fill_(float("nan")) if self.options.poison else tensor
+    _empty = staticmethod(_empty_strided_cpu)
+
+    def _poisoned(self, shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return self._empty(shape, strides, dtype).fill_(float("nan"))
 
     def _run(self, launch: Callable[..., None], source: Tensor, other: Tensor, side: Tensor | None, out: Tensor) -> None:
         first, second, third = source.data_ptr(), other.data_ptr(), 0 if side is None else side.data_ptr()
@@ -241,9 +244,8 @@ class Prepared:
 class PreparedOnDevice(Prepared):
     """The same for an accelerator's tensors, which its plans take as they are, with four dimensions."""
 
-    def _allocate(self, shape: tuple[int, ...], strides: tuple[int, ...]) -> Tensor:
-        tensor = torch.empty_strided(shape, strides, dtype=self.dtype, device=self.device)
-        return tensor.fill_(float("nan")) if self.options.poison else tensor
+    def _empty(self, shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.empty_strided(shape, strides, dtype=dtype, device=self.device)
 
     def _run(self, launch: Callable[..., None], source: Tensor, other: Tensor, side: Tensor | None, out: Tensor) -> None:
         source, other, out = (t.unsqueeze(0) if t.dim() == 3 else t for t in (source, other, out))

@@ -97,8 +97,10 @@ PARAMETERS = (
 )  # fmt: skip
 
 
-def emit_products(module: Module, lanes: Lanes, shape: Shape, rows: int, columns: int, direct: bool, edges: Edges | None) -> Function:
+def emit_products(module: Module, lanes: Lanes, shape: Shape, rows: int, columns: int, direct: bool, edges: Edges | None, bias: bool = False) -> Function:
     """Emit ``sums[r][s] += sum over pixels p, q of source[p, r][q * step + s * spacing] * gradient[p][q]``.
+
+    ``bias``: the sum of the gradients as well, behind those of all taps, which are one block then.
 
     Source row ``p, r`` lies where the entry of ``ring`` at ``p * ring_row + r * ring_tap`` bytes says.  ``direct``: the gradient is in the caller's memory;
     ``edges``: the source is as well, both in the type of memory.
@@ -110,6 +112,7 @@ def emit_products(module: Module, lanes: Lanes, shape: Shape, rows: int, columns
     numeric, entry, pixel = lanes.numeric, lanes.entry_bytes, lanes.pixel(f)
     taps = rows * columns
     copies = min(shape.pixels, -(-8 // taps)) if numeric.target.registers >= 32 else min(shape.pixels, -(-6 // taps))
+    kept = taps + bias
     zero = f.zero(numeric.vector)
     width = shape.pixels
     mask = f.lane_mask(f["lanes_left"], numeric.lanes) if edges and lanes.tail else None
@@ -122,9 +125,12 @@ def emit_products(module: Module, lanes: Lanes, shape: Shape, rows: int, columns
     def block(g: Value, carried: Sequence[Value], count: int = width, left: int = 0, right: int = 0) -> list[Value]:
         source, result = list(carried[:rows]), list(carried[rows:])
         gradients = []
-        for _u in range(count):
+        for u in range(count):
             gradients.append(read(g))
             g = g + gradient_pixel
+            if bias:
+                at = u % copies * kept + taps
+                result[at] = f.fadd(result[at], gradients[u])
         uses: dict[int, list[tuple[int, int]]] = {}
         for u in range(count):
             for s in range(columns):
@@ -139,7 +145,7 @@ def emit_products(module: Module, lanes: Lanes, shape: Shape, rows: int, columns
                 before = position
                 value = read(at_pixel)
                 for u, s in uses[position]:
-                    at = u % copies * taps + r * columns + s
+                    at = u % copies * kept + r * columns + s
                     result[at] = f.fma(value, gradients[u], result[at], numeric.target.fma)
         return [g, *[x + count * shape.step * pixel for x in source], *result]
 
@@ -155,14 +161,13 @@ def emit_products(module: Module, lanes: Lanes, shape: Shape, rows: int, columns
             carried = block(carried[0], carried[1:], edges.rest, 0, edges.right)
         return [ring + f["ring_row"], g + f["gradient_pitch"], *carried[1 + rows :]]
 
-    sums = f.loop(0, f["rows"], 1, row, [f["ring"], f["gradient"], *[zero] * (taps * copies)])[2:]
-    for r in range(rows):
-        for s in range(columns):
-            value = sums[r * columns + s]
-            for copy in range(1, copies):
-                value = f.fadd(value, sums[copy * taps + r * columns + s])
-            at = f["sums"] + f["sums_row"] * r + s * entry
-            f.store(f.fadd(f.load(at, numeric.vector), value), at)
+    sums = f.loop(0, f["rows"], 1, row, [f["ring"], f["gradient"], *[zero] * (kept * copies)])[2:]
+    places = [f["sums"] + f["sums_row"] * r + s * entry for r in range(rows) for s in range(columns)]
+    for i, at in enumerate((*places, *([f["sums"] + taps * entry] if bias else []))):
+        value = sums[i]
+        for copy in range(1, copies):
+            value = f.fadd(value, sums[copy * kept + i])
+        f.store(f.fadd(f.load(at, numeric.vector), value), at)
     f.ret()
     return f
 

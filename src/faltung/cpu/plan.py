@@ -10,14 +10,15 @@ import numpy as np
 import numpy.typing as npt
 
 from .. import config
-from ..codegen.entry import ENTRY_ARGUMENTS, THREADS
+from ..codegen.builtin import STACK_BYTES
+from ..codegen.entry import ENTRY_ARGUMENTS, OPERANDS, THREADS
 from ..codegen.load import Kernel
 from ..problem import DTYPES, ConvProblem
 from .frozen import FrozenPlan, Packing
 from .machine import floor, predicted_seconds
 from .pages import LARGE_BYTES, ask_for_huge_pages
 from .target import host_target
-from .workspace import workspace
+from .workspace import WITHIN, workspace
 
 __all__ = ["CpuPlan"]
 
@@ -51,16 +52,16 @@ class CpuPlan:
         self._address = block.ctypes.data
         self.poison = config.current().poison
         self.out_bytes = math.prod(problem.result_shape) * DTYPES[problem.dtype]
-        small = self._launch if workspace_bytes else self._launch_alone
-        self.launch: Callable[..., None] = small if self.out_bytes < LARGE_BYTES else self._launch_large
+        self.launch: Callable[..., None] = self._launch if self.out_bytes < LARGE_BYTES else self._launch_large
+        if workspace_bytes <= STACK_BYTES and self.out_bytes < LARGE_BYTES and not self.poison:
+            self.launch = kernel.function_on_stack(len(OPERANDS), block, workspace_bytes, self._tables)
 
     def _launch(self, source: int, other: int, bias: int, out: int) -> None:
-        address, keep = workspace(self.workspace_bytes, self.poison)
+        usable, address, keep = WITHIN.kept
+        if usable < self.workspace_bytes or self.poison:
+            address, keep = workspace(self.workspace_bytes, self.poison)
         self.function(self._address, source, other, bias, out, address)
         del keep
-
-    def _launch_alone(self, source: int, other: int, bias: int, out: int) -> None:
-        self.function(self._address, source, other, bias, out, 0)
 
     def _launch_large(self, source: int, other: int, bias: int, out: int) -> None:
         ask_for_huge_pages(out, self.out_bytes)

@@ -7,7 +7,7 @@ import threading
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["BETWEEN", "KEPT_BYTES", "workspace"]
+__all__ = ["BETWEEN", "KEPT_BYTES", "WITHIN", "workspace"]
 
 KEPT_BYTES = 64 << 20
 """A larger workspace is freed after the call that needed it."""
@@ -21,12 +21,13 @@ class _Local(threading.local):
     """Usable bytes, address and owner of this thread's buffer."""
 
 
-_WITHIN = _Local()
+WITHIN = _Local()
+"""The workspaces of plans."""
 BETWEEN = _Local()
 """The buffer of what one plan leaves for the next, while each has its own workspace."""
 
 
-def workspace(size: int, poison: bool = False, of: _Local = _WITHIN) -> tuple[int, npt.NDArray[np.uint8] | None]:
+def workspace(size: int, poison: bool = False, of: _Local = WITHIN) -> tuple[int, npt.NDArray[np.uint8] | None]:
     """The address of at least ``size`` bytes, page-aligned, valid until this thread's next call; and what keeps it alive if it is not kept here.
 
     ``poison`` fills it, and what lies close behind it, with NaN of every floating type.
