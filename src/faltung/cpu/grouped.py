@@ -71,6 +71,9 @@ def check(problem: ConvProblem, target: Target) -> Lanes:
     if numeric.pairs and problem.direction != "grad_weight" and (source >= 12 or (problem.format == "nchw" and source >= 8 and not strided_gradient)):
         # Measured on 16 channels a group 1.3 to 1.8 times as fast, on 8 channels in nchw 1.05 to 1.2 times.
         raise Unsupported("direct multiplies pairs of bfloat16, which is faster here")
+    if single and lanes.parts > 1 and problem.format == "nhwc" and target.full_rate:
+        # One image of 7x7 and 14x14 0.64 to 0.85 of the time (float32, float64 and 16-bit types), larger ones and batches 0.9 to 1.03.
+        raise Unsupported("direct fills whole vectors of such groups too, and packs fewer weights at a time")
     if lanes.source_width > 4 * lanes.lanes:
         raise Unsupported(f"a vector's groups read {lanes.source_width} channels, more than four vectors")
     if lanes.efficiency < 0.5:
