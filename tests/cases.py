@@ -183,6 +183,18 @@ CASES: dict[str, tuple[str, ...]] = {
         "n1c4h9w1k4r5s1 g4 p2x0",
         "n1c5h7w9k5r2s4 g5 p1x2",
     ),
+    "wide depthwise": (
+        "n1c17h9w14k17r5s5 p2 g17",
+        "n1c5h13w30k5r7s17 p8,8,3,3 g5",
+        "n2c3h6w61k3r3s9 p4,4,1,1 g3",  # two register blocks a row
+        "n1c2h40w5k2r31s5 p2,2,15,15 g2",
+        "n1c9h5w4k9r5s7 p3,3,2,2 g9",  # one block of outputs, many rows abreast
+        "n1c2h4w130k2r5s51 p25,25,2,2 g2",  # groups of taps in two pieces
+        "n1c33h7w9k33r5s6 g33",
+        "n1c3h8w12k3r6s9 p7,1,0,4 g3",
+        "n1c4h6w7k4r13s13 p6 g4",  # rows and columns of nothing but padding
+        "n2c16h14w14k16r9s15 p7,7,4,4 g16",
+    ),
     "few pixels": (
         "n1c67h1w1k37r1s1",
         "n1c16h1w1k8r1s1",
@@ -218,6 +230,7 @@ TARGET_CASES: tuple[str, ...] = (
     "n1c3h5w6k4r3s3 p1,2,0,1 reflect",
     "n1c6h6w7k10r3s3 p1 g2",
     "n1c9h6w19k9r3s3 p1 g9",
+    "n1c17h6w19k17r5s9 p4,4,2,2 g17",
     "n1c5h9w10k10r5s5 p2 g5 st2",
     "n1c18h7w9k17r3s3 p1",
     "n1c17h9w14k18r3s3 p2 d2",

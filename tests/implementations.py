@@ -54,12 +54,18 @@ def _taps(p: ConvProblem) -> bool:
     return p.direction != "grad_weight" and p.dtype in ("f32", "f64") and not padded and p.g == 1 and 1 < p.r * p.s <= 256 and source >= 16
 
 
+def _depthwise_winograd(p: ConvProblem) -> bool:
+    plain = p.kg == 1 and p.stride == p.dilation == (1, 1) and p.direction != "grad_weight" and p.dtype != "f64"
+    return p.depthwise and plain and _zero_padded(p) and p.s >= 5
+
+
 TAKES: dict[str, Predicate] = {
     "columns": lambda p: _zero_padded(p) and p.g == 1 and (p.r, p.s) != (1, 1),
     "direct": _zero_padded,
     "folded": lambda p: not _zero_padded(p),
     "pointwise": lambda p: _zero_padded(p) and (p.r, p.s, p.stride) == (1, 1, (1, 1)) and not any(p.padding),
     "depthwise": lambda p: _zero_padded(p) and p.depthwise,
+    "depthwise_winograd": _depthwise_winograd,
     "winograd": _winograd,
     "outer": _outer,
     "taps": _taps,
@@ -80,10 +86,10 @@ SWEPT_APART = {"amx": ("test_amx", "test_amx_weight")}
 
 def families(dtype: str) -> set[str]:
     """Names of the implementations for this type."""
-    return {*TAKES, *MAY_TAKE} - ({"planes", "outer", "taps"} if dtype in ("bf16", "f16") else set[str]())
+    return {*TAKES, *MAY_TAKE} - ({"planes", "outer", "taps"} if dtype in ("bf16", "f16") else {"depthwise_winograd"} if dtype == "f64" else set[str]())
 
 
-BOUNDS = {"winograd": 1e-5}
+BOUNDS = {"winograd": 1e-5, "depthwise_winograd": 1e-5}
 """Relative L2 error of the algorithms that save multiplications, in float32; the sums of all others are exact for whole numbers, and so are theirs in
 float64.  In a 16-bit type the one rounding of a result hides their error, and the bound is everybody's."""
 

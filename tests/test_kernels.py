@@ -83,7 +83,7 @@ def test_the_order_chooses_and_the_plan_says_who() -> None:
                     assert (TAKES | MAY_TAKE)[decision.plan.implementation](decision.plan.problem)
                     chosen[decision.plan.implementation] = chosen.get(decision.plan.implementation, 0) + 1
     assert sum(chosen.values()) == 3 * sum(map(len, cases.CASES.values()))
-    assert set(chosen) == {*TAKES, *MAY_TAKE} - {"winograd"}  # precision is strict
+    assert set(chosen) == {*TAKES, *MAY_TAKE} - set(BOUNDS)  # precision is strict
 
 
 def test_unknown_implementation_is_refused_by_name() -> None:

@@ -7,6 +7,7 @@ from .amx import AMX
 from .amx_weight import AMX_WEIGHT
 from .columns import COLUMNS
 from .depthwise import DEPTHWISE
+from .depthwise_winograd import DEPTHWISE_WINOGRAD
 from .direct import DIRECT
 from .direct_weight import DIRECT_WEIGHT
 from .folded import FOLDED
@@ -23,6 +24,7 @@ __all__ = ["IMPLEMENTATIONS"]
 
 IMPLEMENTATIONS: tuple[Implementation, ...] = (
     FOLDED,
+    DEPTHWISE_WINOGRAD,
     DEPTHWISE,
     GEMV,
     COLUMNS,

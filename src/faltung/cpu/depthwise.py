@@ -22,7 +22,7 @@ from . import target as targets
 from .depthwise_few import plan_few, takes_few
 from .depthwise_geometry import context_rows, lines, predicted_cycles
 from .depthwise_taps import Reach, emit_taps
-from .depthwise_tile import Lanes, emit_flush, emit_load, emit_load_planes, image_strides, inside, odd_lines
+from .depthwise_tile import Lanes, emit_filters, emit_flush, emit_load, emit_load_planes, image_strides, inside, odd_lines
 from .depthwise_tiling import asks_ahead, edges, reach_of, tiling
 from .depthwise_weight import plan_weight
 from .plan import CpuPlan
@@ -129,19 +129,7 @@ def _pack(f: Function, task: Task, spec: Spec, index: Value) -> None:
             target = task.workspace + (v * residues + j) * taps * entry
             rows = [task.operand("other") + (number * residues + j) * length * memory for number in numbers]
 
-            def block(first: Value, wanted: Value | None) -> None:
-                mask = None if wanted is None else f.lane_mask(wanted, count)
-                for i, value in enumerate(f.transpose([numeric.load(f, row + first * memory, count, mask) for row in rows])):
-                    if wanted is None:
-                        put(value, first + i, target)
-                    else:
-                        with f.when(wanted > i):
-                            put(value, f.value(i), target)
-
-            def many() -> None:
-                f.loop(0, length, count, lambda i: block(f.minimum(i, length - count), None))
-
-            f.branch(length >= count, many, lambda: block(f.value(0), length))
+            emit_filters(f, numeric, rows, length, lambda value, tap: put(value, tap, target))
 
         f.loop(0, residues, 1, residue)
         if spec.bias:

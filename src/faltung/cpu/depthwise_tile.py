@@ -7,13 +7,14 @@ in the kernels' final stores.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ..codegen.emit import Function, Module, Value
 from ..codegen.numeric import Numeric
 from .depthwise_geometry import Line
 
-__all__ = ["Lanes", "emit_flush", "emit_load", "emit_load_planes", "image_strides", "inside", "odd_lines"]
+__all__ = ["Lanes", "emit_filters", "emit_flush", "emit_load", "emit_load_planes", "image_strides", "inside", "odd_lines"]
 
 
 @dataclass(frozen=True)
@@ -207,6 +208,25 @@ def emit_load_planes(module: Module, lanes: Lanes, name: str) -> Function:
     f.branch(pixels >= count, blocks, lambda: block(f.value(0), f.lane_mask(pixels, count)))
     f.ret()
     return f
+
+
+def emit_filters(f: Function, numeric: Numeric, filters: Sequence[Value], length: Value, put: Callable[[Value, Value], None]) -> None:
+    """Call ``put(vector, tap)`` for each of the ``length`` taps of filters that are runs of memory, one for each lane: blocks of them are transposed."""
+    count, memory = numeric.lanes, numeric.memory_bytes
+
+    def block(first: Value, wanted: Value | None) -> None:
+        mask = None if wanted is None else f.lane_mask(wanted, count)
+        for i, value in enumerate(f.transpose([numeric.load(f, row + first * memory, count, mask) for row in filters])):
+            if wanted is None:
+                put(value, first + i)
+            else:
+                with f.when(wanted > i):
+                    put(value, f.value(i))
+
+    def many() -> None:
+        f.loop(0, length, count, lambda i: block(f.minimum(i, length - count), None))
+
+    f.branch(length >= count, many, lambda: block(f.value(0), length))
 
 
 FLUSH_PARAMETERS = (("ptr", "scratch"), ("ptr", "out"), ("i64", "cols"), ("i64", "start"), ("i64", "lanes_total"), ("i64", "channel_bytes"))

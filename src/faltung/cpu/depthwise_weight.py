@@ -357,7 +357,7 @@ def plan_weight(name: str, problem: ConvProblem, threads: int) -> CpuPlan:
     shape = replace(shape, rows=tuple(sorted({record[0] for record in records}, reverse=True)))
     records.sort(key=lambda record: (-record[0], record[1]))
     col_sizes = shape.col_blocks(problem.s)
-    at_once = len(records) == len(col_sizes) == 1 and records[0][2:] == (0, rows.count)
+    at_once = records == [(problem.r, 0, 0, rows.count)] and len(col_sizes) == 1
     spec = Spec(source, gradient, shape, problem.epilogue.bias, direct, edges, at_once)
     kernel = load(spec.name, target, lambda: emit_weight(spec))
     col_starts = np.cumsum([0, *col_sizes[:-1]])

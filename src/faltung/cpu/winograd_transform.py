@@ -28,8 +28,8 @@ from typing import TypeVar
 from ..codegen.emit import Function, Value
 
 __all__ = [
-    "ALGORITHMS", "ERROR_LIMIT", "F2", "F4", "Algorithm", "Transform1d", "emit_filter_1d", "emit_input_1d", "emit_lift_1d", "emit_output_1d", "emit_reduce_1d",
-    "reduction_piece", "sum_error", "transform_2d",
+    "ALGORITHMS", "ERROR_LIMIT", "F2", "F4", "Algorithm", "Transform1d", "emit_constant", "emit_filter_1d", "emit_input_1d",
+    "emit_lift_1d", "emit_output_1d", "emit_reduce_1d", "reduction_piece", "sum_error", "transform_2d",
 ]  # fmt: skip
 
 T = TypeVar("T", Value, "Value | None")
@@ -190,7 +190,7 @@ def _even_product(pairs: tuple[Fraction, ...]) -> tuple[Fraction, ...]:
     return tuple(_product([p * p for p in pairs]))
 
 
-def _constant(f: Function, number: Fraction, type_: str) -> Value:
+def emit_constant(f: Function, number: Fraction, type_: str) -> Value:
     """The number of the type's elements nearest to ``number``."""
     return f.constant(float(number) if "double" in type_ else struct.unpack("f", struct.pack("f", float(number)))[0], type_)
 
@@ -205,7 +205,7 @@ def _horner(f: Function, terms: Sequence[tuple[Fraction, Value]], fused: bool) -
         elif coefficient == -1:
             result = f.fsub(result, value)
         else:
-            result = f.fma(_constant(f, coefficient, value.type), value, result, fused)
+            result = f.fma(emit_constant(f, coefficient, value.type), value, result, fused)
     return result
 
 
@@ -213,7 +213,7 @@ def _scaled_pair(f: Function, even: Value, odd: Value, scale: Fraction, fused: b
     """``even + scale * odd`` and ``even - scale * odd``."""
     if scale == 1:
         return f.fadd(even, odd), f.fsub(even, odd)
-    plus, minus = _constant(f, scale, odd.type), _constant(f, -scale, odd.type)
+    plus, minus = emit_constant(f, scale, odd.type), emit_constant(f, -scale, odd.type)
     return f.fma(plus, odd, even, fused), f.fma(minus, odd, even, fused)
 
 
@@ -238,7 +238,7 @@ def emit_filter_1d(f: Function, algorithm: Algorithm, g: Sequence[Value | None],
         return [None] * algorithm.n
 
     def scaled(value: Value, factor: Fraction) -> Value:
-        return value if factor == 1 else f.fmul(value, _constant(f, factor, value.type))
+        return value if factor == 1 else f.fmul(value, emit_constant(f, factor, value.type))
 
     def half(p: Fraction, first: int) -> Value | None:
         terms = [(p ** (i - first), tap) for i in range(first, algorithm.taps, 2) if (tap := g[i]) is not None]
@@ -266,11 +266,11 @@ def emit_output_1d(f: Function, algorithm: Algorithm, m: Sequence[Value], fused:
         for p, part in zip(algorithm.pairs, differences if i % 2 else sums):
             factor = p**i
             if value is None:
-                value = part if factor == 1 else f.fmul(part, _constant(f, factor, part.type))
+                value = part if factor == 1 else f.fmul(part, emit_constant(f, factor, part.type))
             elif factor == 1:
                 value = f.fadd(value, part)
             else:
-                value = f.fma(_constant(f, factor, part.type), part, value, fused)
+                value = f.fma(emit_constant(f, factor, part.type), part, value, fused)
         assert value is not None
         result.append(value)
     return result
@@ -290,14 +290,14 @@ def emit_reduce_1d(f: Function, algorithm: Algorithm, s: Sequence[Value], fused:
 
     def weighted(start: Value, terms: Sequence[tuple[Fraction, Value]]) -> Value:
         for factor, value in terms:
-            start = f.fma(_constant(f, factor, value.type), value, start, fused)
+            start = f.fma(emit_constant(f, factor, value.type), value, start, fused)
         return start
 
     pairs = [(p, algorithm.weight(p), s[2 * i + 1], s[2 * i + 2]) for i, p in enumerate(algorithm.pairs)]
     sums = [(p, weight, f.fadd(plus, minus)) for p, weight, plus, minus in pairs]
     odd = [(weight * p, f.fsub(plus, minus)) for p, weight, plus, minus in pairs]
-    zero = f.fmul(s[0], _constant(f, algorithm.weight(Fraction(0)), s[0].type))
-    one = f.fmul(odd[0][1], _constant(f, odd[0][0], s[0].type))
+    zero = f.fmul(s[0], emit_constant(f, algorithm.weight(Fraction(0)), s[0].type))
+    one = f.fmul(odd[0][1], emit_constant(f, odd[0][0], s[0].type))
     return [weighted(zero, [(weight, total) for _, weight, total in sums]), weighted(one, odd[1:]),
             weighted(s[-1], [(weight * p * p, total) for p, weight, total in sums])]  # fmt: skip
 
