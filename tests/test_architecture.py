@@ -34,7 +34,8 @@ LAYERS: dict[str, set[str]] = {
 }
 LAYERS["prepared"] = {"arguments", "config", "dispatch", "layout", "problem"}
 LAYERS["ops"] = LAYERS["prepared"] | {"prepared"}
-LAYERS["functional"] = LAYERS["ops"] | {"ops"}
+LAYERS["flops"] = {"ops"}
+LAYERS["functional"] = LAYERS["ops"] | {"flops", "ops"}
 LAYERS["frozen"] = LAYERS["functional"] | {"functional"}
 LAYERS["repeated"] = LAYERS["functional"] | {"functional"}
 LAYERS["nn"] = LAYERS["frozen"] | {"frozen", "repeated"}

@@ -179,3 +179,34 @@ def test_an_engine_that_is_not_the_tensors_is_refused() -> None:
     x, w = torch.randn(1, 2, 5, 5), torch.randn(2, 2, 3, 3)
     with faltung.config.override(engine="cuda"), pytest.raises(RuntimeError, match="engine is set to 'cuda'"):
         faltung.conv2d(x, w)
+
+
+def _flops(model: torch.nn.Module, x: torch.Tensor) -> tuple[int, dict[str, int]]:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        model(x).sum().backward()
+    return counter.get_total_flops(), {str(operator): count for operator, count in counter.get_flop_counts()["Global"].items()}
+
+
+def test_flops_are_counted_as_pytorchs_own() -> None:
+    stock = torch.nn.Sequential(torch.nn.Conv2d(3, 16, 3, padding=1), torch.nn.ReLU(), torch.nn.Conv2d(16, 8, (3, 5), stride=2, dilation=2))
+    x = torch.randn(2, 3, 21, 22, requires_grad=True)
+    total, by_operator = _flops(faltung.convert(stock), x)
+    assert total == _flops(stock, x)[0] > 0
+    assert len(by_operator) == 3
+    assert len(set(by_operator.values())) == 1
+    # one group's share of a grouped layer in each direction, where PyTorch counts the weight's gradient as if there were one group
+    grouped = faltung.Conv2d(8, 8, 3, groups=4)
+    assert _flops(grouped, torch.randn(1, 8, 6, 6, requires_grad=True))[0] == 3 * 2 * 16 * 8 * 2 * 9
+
+
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_tensors_of_zeros_without_memory(which: int) -> None:
+    operands = [torch.randn(2, 3, 8, 8), torch.randn(4, 3, 3, 3), torch.randn(4)]
+    faltung.conv2d(*operands)  # the call is known
+    operands[which] = torch._efficientzerotensor(operands[which].shape)
+    torch.testing.assert_close(faltung.conv2d(*operands), torch.conv2d(*operands))
+    x = torch.randn(2, 3, 8, 8, requires_grad=True)
+    (gradient,) = torch.autograd.grad(faltung.conv2d(x, torch.randn(4, 3, 3, 3)), x, torch._efficientzerotensor((2, 4, 6, 6)))
+    assert torch.equal(gradient, torch.zeros_like(x))

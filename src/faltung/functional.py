@@ -17,6 +17,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import config, ops
 from .arguments import Arguments, Padding, Sizes, check, conv2d_output_size, normalize
+from .flops import tell_counters
 from .prepared import DTYPE_NAMES, Prepared, bounded, has_engine, prepare, require_engine
 
 __all__ = ["conv2d", "conv2d_output_size", "is_plain", "prepared_call", "reason_for_stock", "resolve"]
@@ -84,7 +85,7 @@ def conv2d(
 
 
 def is_plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether nothing stands between PyTorch and a call with these operands: no compiler, transform, mode, subclass of Tensor or lazy sign."""
+    """Whether nothing stands between PyTorch and a call with these operands: no compiler, transform, mode, subclass of Tensor, lazy sign or zeros."""
     return not (
         _compiling()
         or type(x) not in _PLAIN
@@ -96,10 +97,12 @@ def is_plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         or _autocasting()
         or _tracing() is not None
         or forward_ad._current_level >= 0
-        # the sign of a lazily negated tensor is not in its memory: the registered operator gets a copy that has it
+        # the sign of a lazily negated tensor is not in its memory, and a tensor of zeros may have none: the registered operator gets copies that have both
         or x.is_neg()
+        or x._is_zerotensor()
         or weight.is_neg()
-        or (bias is not None and bias.is_neg())
+        or weight._is_zerotensor()
+        or (bias is not None and (bias.is_neg() or bias._is_zerotensor()))
     )
 
 
@@ -153,6 +156,8 @@ def _general(x: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any) ->
         x, weight, bias = ops.autocast_to(device_type, x, weight, bias)
     if reason_for_stock(x, weight, bias) is not None or _exporting_to_onnx():
         return _stock(x, weight, bias, *arguments)
+    if not _compiling() and _dispatch_modes():
+        tell_counters()
     form = resolve(x, weight, bias, *arguments)
     return _operator(x, weight, bias, form)
 
