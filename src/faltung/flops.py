@@ -34,10 +34,8 @@ def _grad_weight(_: Shape, grad_output: Shape, weight_size: Shape, *__: Any, **_
     return _count(grad_output[0], grad_output[2:], weight_size)
 
 
-_OPERATORS: tuple[Any, ...] = ops.forward, ops.grad_input, ops.grad_weight
-FORMULAS: dict[Any, Callable[..., int]] = {
-    operator.overloadpacket: formula for operator, formula in zip(_OPERATORS, (_forward, _grad_input, _grad_weight), strict=True)
-}
+_BY_OPERATOR: tuple[tuple[Any, Callable[..., int]], ...] = (ops.forward, _forward), (ops.grad_input, _grad_input), (ops.grad_weight, _grad_weight)
+FORMULAS = {operator.overloadpacket: formula for operator, formula in _BY_OPERATOR}
 
 
 def tell_counters() -> None:
