@@ -191,6 +191,7 @@ CASES: dict[str, tuple[str, ...]] = {
         "n1c9h5w4k9r5s7 p3,3,2,2 g9",  # one block of outputs, many rows abreast
         "n1c2h4w130k2r5s51 p25,25,2,2 g2",  # groups of taps in two pieces
         "n1c33h7w9k33r5s6 g33",
+        "n2c19h30w13k19r17s3 p1,2,6,8 g19",  # in nhwc along columns
         "n1c3h8w12k3r6s9 p7,1,0,4 g3",
         "n1c4h6w7k4r13s13 p6 g4",  # rows and columns of nothing but padding
         "n2c16h14w14k16r9s15 p7,7,4,4 g16",

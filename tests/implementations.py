@@ -56,7 +56,7 @@ def _taps(p: ConvProblem) -> bool:
 
 def _depthwise_winograd(p: ConvProblem) -> bool:
     plain = p.kg == 1 and p.stride == p.dilation == (1, 1) and p.direction != "grad_weight" and p.dtype != "f64"
-    return p.depthwise and plain and _zero_padded(p) and p.s >= 5
+    return p.depthwise and plain and _zero_padded(p) and (max(p.r, p.s) if p.format == "nhwc" else p.s) >= 5
 
 
 TAKES: dict[str, Predicate] = {

@@ -114,18 +114,28 @@ class DepthwiseWinograd:
 
     def plan(self, problem: ConvProblem, threads: int) -> CpuPlan:
         """A plan for forward or grad_input; raises :class:`Unsupported` for what it does not take or where sums of plain products are predicted faster."""
-        target = targets.target()
-        reason = _refusal(problem)
+        target, view = targets.target(), _view(problem)
+        reason = _refusal(view)
         if reason is not None:
             raise Unsupported(reason)
-        axes = lines(problem, reduce_columns=False)
-        config = choose(problem, target, threads, axes)
+        axes = lines(view, reduce_columns=False)
         if options.current().implementation != self.name and not _pays(problem, target, axes):
             raise Unsupported("the transforms cost more than they save")
-        return _build(problem, target, threads, axes, config, self.name)
+        return build_plan(problem, target, threads, choose(view, target, threads, axes), self.name)
 
 
 DEPTHWISE_WINOGRAD = DepthwiseWinograd()
+
+
+def _view(problem: ConvProblem) -> ConvProblem:
+    """The problem as the kernel sees it: of a tall kernel in nhwc, where pixels are as far apart along a column as they like, with rows for columns."""
+    if problem.format != "nhwc" or problem.r <= problem.s:
+        return problem
+    left, right, top, bottom = problem.padding
+    return replace(
+        problem, h=problem.w, w=problem.h, r=problem.s, s=problem.r, padding=(top, bottom, left, right), stride=problem.stride[::-1],
+        dilation=problem.dilation[::-1],
+    )  # fmt: skip
 
 
 def _refusal(problem: ConvProblem) -> str | None:
@@ -150,22 +160,25 @@ def _refusal(problem: ConvProblem) -> str | None:
 
 def _pays(problem: ConvProblem, target: Target, axes: tuple[Line, Line]) -> bool:
     """Whether plain sums are predicted to take longer, for one image on one thread: the choice decides bits."""
-    if problem.r < _LEAST_ROWS:
+    view = replace(_view(problem), n=1)
+    if view.r < _LEAST_ROWS:
         return False
-    rows, columns = axes
     numeric = Numeric(problem.dtype, target)
     one = replace(problem, n=1)
-    own = _cycles(one, numeric, 1, axes, _groups(columns))
+    own = _cycles(view, numeric, 1, axes, _groups(axes[1]))
     plain = predicted_cycles(one, numeric.lanes, 1)
     if problem.s <= _READ_FROM_MEMORY:
         return plain > _MARGIN * own
     # columns of padding are multiplied there
+    rows, columns = lines(problem, reduce_columns=False)
     padding = _rows_met(rows) * columns.count * problem.s - multiplications(one) / problem.c
     return plain + padding / 2 * problem.c / numeric.lanes > _LEAST * own
 
 
-def _build(problem: ConvProblem, target: Target, threads: int, axes: tuple[Line, Line], config: Config, name: str) -> CpuPlan:
-    rows, columns = axes
+def build_plan(problem: ConvProblem, target: Target, threads: int, config: Config, name: str) -> CpuPlan:
+    """Tables, kernel and argument block of a configuration."""
+    asked, problem = problem, _view(problem)
+    rows, columns = lines(problem, reduce_columns=False)
     numeric = Numeric(problem.dtype, target)
     forward, size, groups = problem.direction == "forward", DTYPES[problem.dtype], _groups(columns)
     tail = problem.c % numeric.lanes != 0
@@ -196,13 +209,20 @@ def _build(problem: ConvProblem, target: Target, threads: int, axes: tuple[Line,
     joined = np.stack([joined[:, :, 0].min(axis=1), joined[:, :, 1].max(axis=1)], axis=1).astype(np.int64)
     taps = np.array([(r, s) for r in rows.phases[0].taps for s in columns.phases[0].taps])
     order = np.zeros(problem.r * problem.s, np.int64)
-    order[taps[:, 0] * problem.s + taps[:, 1]] = [(i // problem.s * groups * BLOCK + i % problem.s) * entry for i in range(len(taps))]
+    memory = taps[:, 0] * problem.s + taps[:, 1] if problem is asked else taps[:, 1] * problem.r + taps[:, 0]
+    order[memory] = [(i // problem.s * groups * BLOCK + i % problem.s) * entry for i in range(len(taps))]
     tables = {
         "place_table": order, "row_table": _needed(rows.table(slack), joined, config.abreast), "zero_table": np.zeros(1, np.int64),
         "col_table": columns.table((inputs + 1) * BLOCK + config.blocks * BLOCK),
         "range_table": joined,
     }  # fmt: skip
     tables = {key: np.ascontiguousarray(table) for key, table in tables.items()}
+    source = image_strides("source", problem.format, problem.c, rows.size, columns.size, size)
+    out = image_strides("out", problem.format, problem.c, rows.outputs, columns.outputs, size)
+    if problem is not asked:
+        pixel = problem.c * size
+        source |= {"source_row": pixel, "source_channel": rows.size * pixel}
+        out |= {"out_row": pixel, "out_channel": rows.outputs * pixel}
     values = {
         **{key: table.ctypes.data for key, table in tables.items()},
         "tasks": slices * vectors, "vectors": vectors, "tiles": tiles, "slice_tiles": -(-tiles // slices), "lanes_total": problem.c,
@@ -211,16 +231,16 @@ def _build(problem: ConvProblem, target: Target, threads: int, axes: tuple[Line,
         "tile_blocks": config.blocks, "row_count": rows.count, "col_count": columns.count, "parts": config.blocks // config.block,
         "chunk": config.chunk, "inside_first": first, "inside_last": last,
         "u_at": u_at, "v_at": v_at, "v_point": v_point, "v_row": v_row, "m_at": m_at, "m_point": m_point, "m_row": m_row, "out_at": out_at,
-        **image_strides("source", problem.format, problem.c, rows.size, columns.size, size),
-        **image_strides("out", problem.format, problem.c, rows.outputs, columns.outputs, size),
+        **source, **out,
     }  # fmt: skip
     facts = {
-        "tile": f"{config.rows}x{config.blocks * BLOCK}", "block": f"{config.abreast}x{config.block}", "chunk": config.chunk,
+        "along": "rows" if problem is asked else "columns", "tile": f"{config.rows}x{config.blocks * BLOCK}",
+        "block": f"{config.abreast}x{config.block}", "chunk": config.chunk,
         "predicted_cycles": config.cycles, "error_bound": sum_error(error_bound(problem.r, problem.s), problem.dtype),
         "products": round(multiplications(problem) * POINTS * groups / (BLOCK * problem.s)),
     }  # fmt: skip
     block = ARGUMENTS.pack(threads, values)
-    return CpuPlan(problem, name, load(kernel.name, target, kernel.emit), block, tuple(tables.values()), threads * scratch_size, facts)
+    return CpuPlan(asked, name, load(kernel.name, target, kernel.emit), block, tuple(tables.values()), threads * scratch_size, facts)
 
 
 def _needed(table: npt.NDArray[np.int64], ranges: npt.NDArray[np.int64], abreast: int) -> npt.NDArray[np.int64]:
