@@ -263,11 +263,16 @@ def biased(position: int, direction: Direction) -> bool:
 
 
 def variants(section: str, direction: Direction, dtype: str) -> Iterator[ConvProblem]:
-    """Every case of a section in a direction and type: in all pairs of formats for f32, with weights of alternating format for the others."""
+    """Every case of a section in a direction and type: in all pairs of formats for f32, with weights of alternating format for the others.
+
+    The types of 16 bits, which differ in how they are converted and in nothing else, share the cases: the even ones are bfloat16's, the odd ones float16's.
+    """
     for position, case in enumerate(CASES[section]):
+        if dtype in ("bf16", "f16") and len(CASES[section]) > 1 and position % 2 != (dtype == "f16"):
+            continue
         for turn, fmt in enumerate(FORMATS):
             for weight_turn, weight_format in enumerate(FORMATS):
-                if dtype == "f32" or (position + turn + weight_turn) % 2 == 0:
+                if dtype == "f32" or ((position // 2 if dtype in ("bf16", "f16") else position) + turn + weight_turn) % 2 == 0:
                     yield problem(case, direction, dtype, fmt, weight_format, bias=biased(position + weight_turn, direction))
 
 

@@ -1,12 +1,17 @@
 """``conv2d``: every form of the arguments ends here.
 
-A call on plain eager tensors takes the shortest way: one look in a dictionary, one allocation, one launch.  Whatever stands between PyTorch and such a
+A call on plain eager tensors takes the shortest way: a look at the operands, one allocation, one launch.  Whatever stands between PyTorch and such a
 call (a compiler, a transform, a mode, a subclass of Tensor) gets a registered operator to see.
+
+Where a call repeats the last one with its weight, the look is PyTorch's own guard, what ``torch.compile`` asks before it runs compiled code: it compares the
+class, dispatch keys, dtype, device, sizes, strides and ``requires_grad`` of all operands, and what is active around the call (autocast, transforms, modes of
+dispatch, tracing), in one call and a quarter of the time that a signature takes to be built and found.  It is no part of PyTorch's public interface.
 """
 
 from __future__ import annotations
 
 import sys
+import weakref
 from typing import Any
 
 import torch
@@ -22,9 +27,17 @@ from .prepared import DTYPE_NAMES, Prepared, bounded, has_engine, prepare, requi
 
 __all__ = ["conv2d", "conv2d_output_size", "is_plain", "prepared_call", "reason_for_stock", "resolve"]
 
+TensorGuards: Any
+try:
+    from torch._C._dynamo.guards import TensorGuards
+except ImportError:  # pragma: no cover
+    TensorGuards = None
+
 _PLAIN = frozenset({Tensor, Parameter})
 _calls: dict[Any, tuple[Prepared, Any, Any, Any]] = {}
 """By signature: the convolution, and the stride, padding and dilation that its first call brought."""
+_repeated: dict[int, _Repeated] = {}
+"""By the weight's identity, which another weight may take over: the guard looks at what matters."""
 
 # looked up once: a call makes about twenty of these, and each dot costs as much as a small kernel's inner loop
 _function_modes = torch._C._len_torch_function_stack
@@ -60,12 +73,36 @@ def conv2d(
 
     Raises TypeError, ValueError or RuntimeError where ``torch.nn.functional.conv2d`` does.
     """
-    if not is_plain(input, weight, bias):
+    if _compiling():
         return _general(input, weight, bias, stride, padding, dilation, groups, padding_mode)
+    repeated = _repeated.get(id(weight))
+    if repeated is not None and repeated.known is not None:
+        check, call, known_stride, known_padding, known_dilation, known_groups, mode, without_bias, derivatives, threads, token = repeated.known
+        if (
+            (stride is known_stride or _same(stride, known_stride))
+            and (padding is known_padding or _same(padding, known_padding))
+            and (dilation is known_dilation or _same(dilation, known_dilation))
+            and groups is known_groups
+            and padding_mode == mode
+            and (bias is None) is without_bias
+            and _threads() == threads
+            and _options().token == token
+            and not _function_modes()
+            and forward_ad._current_level < 0
+            and (check(input, weight) if without_bias else check(input, weight, bias))
+        ):
+            return _apply(input, weight, bias, call) if derivatives and _grad_enabled() else call.forward(input, weight, bias)
+    return _by_signature(input, weight, bias, stride, padding, dilation, groups, padding_mode)
+
+
+def _by_signature(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sizes, padding: Padding, dilation: Sizes, groups: int, padding_mode: str) -> Tensor:
+    """A call that is not known to be the same as the last one with its weight."""
+    if not is_plain(x, weight, bias):
+        return _general(x, weight, bias, stride, padding, dilation, groups, padding_mode)
     key: tuple[Any, ...] | None
     try:
         key = (
-            (input.shape, input.stride(), input.dtype, input.device, weight.shape, weight.stride(), weight.dtype, weight.device)
+            (x.shape, x.stride(), x.dtype, x.device, weight.shape, weight.stride(), weight.dtype, weight.device)
             + ((bias.shape, bias.is_contiguous(), bias.dtype, bias.device) if bias is not None else ())
             + (stride, padding, dilation, groups, padding_mode, _threads(), _options().token)
         )
@@ -73,15 +110,46 @@ def conv2d(
     except (TypeError, RuntimeError):  # an argument that is a list, or a tensor without strides
         key, found = None, None
     if found is None:
-        return _first(key, input, weight, bias, stride, padding, dilation, groups, padding_mode)
+        return _first(key, x, weight, bias, stride, padding, dilation, groups, padding_mode)
     call, known_stride, known_padding, known_dilation = found
     # 1.0 and True find the entry of 1, and must be refused as on their first call; a layer brings the same objects each time
     same = stride is known_stride and padding is known_padding and dilation is known_dilation
     if not ((same or (_is_exact(stride) and _is_exact(padding) and _is_exact(dilation))) and type(groups) is int):
         normalize((1, 1), stride, padding, dilation, groups, padding_mode)
-    if _grad_enabled() and (input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
-        return _apply(input, weight, bias, call)
-    return call.forward(input, weight, bias)
+    _count(call, x, weight, bias, stride, padding, dilation, groups, padding_mode)
+    if _grad_enabled() and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
+        return _apply(x, weight, bias, call)
+    return call.forward(x, weight, bias)
+
+
+class _Repeated:
+    """What is known of the calls with one weight: the last one that was worth a guard, and how many were none that was known."""
+
+    __slots__ = ("known", "misses", "weight")
+
+    def __init__(self, weight: Tensor) -> None:
+        self.known: tuple[Any, ...] | None = None
+        self.misses = 0
+        self.weight = weakref.ref(weight)
+
+
+def _count(call: Prepared, x: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any) -> None:
+    """Know this plain call from now on.  Only the first, second, fourth, eighth, ... of those that were not known is worth a guard: calls may alternate."""
+    repeated = _repeated.get(id(weight))
+    if repeated is None or repeated.weight() is not weight:
+        repeated = bounded(_repeated, id(weight), _Repeated(weight))
+    repeated.misses += 1
+    if repeated.misses & (repeated.misses - 1) or TensorGuards is None or not all(map(_is_exact, arguments[:4])):
+        return
+    tensors = (x, weight) if bias is None else (x, weight, bias)
+    guard = TensorGuards(*tensors, dynamic_dims_sizes=[list(t.shape) for t in tensors], dynamic_dims_strides=[list(t.stride()) for t in tensors])
+    derivatives = any(t.requires_grad for t in tensors)
+    repeated.known = guard.check, call, *arguments, bias is None, derivatives, _threads(), _options().token
+
+
+def _same(value: Any, known: Any) -> bool:
+    """Whether an argument is what it was, in value and kind: 1.0 is not 1."""
+    return value == known and _is_exact(value)
 
 
 def is_plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
@@ -126,6 +194,7 @@ def _first(key: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *arguments:
     call = prepare(x, weight, bias, form)
     if key is not None:
         bounded(_calls, key, (call, *arguments[:3]))
+        _count(call, x, weight, bias, *arguments)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
         return _apply(x, weight, bias, call)
     return call.forward(x, weight, bias)

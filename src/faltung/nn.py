@@ -10,7 +10,6 @@ from torch import Tensor
 from .arguments import Padding
 from .frozen import FrozenWeights
 from .functional import conv2d
-from .repeated import RepeatedCall
 
 __all__ = ["Conv2d", "LazyConv2d", "freeze", "padding_of", "unfreeze"]
 
@@ -39,7 +38,6 @@ class _Freezing:
     training: bool
 
     _frozen: FrozenWeights | None = None
-    _repeated: RepeatedCall | None = None
 
     @property
     def frozen(self) -> bool:
@@ -71,24 +69,13 @@ class Conv2d(_Freezing, torch.nn.Conv2d):
         return self._conv_forward(input, weight, bias)
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # noqa: A002
-        if _compiling():
-            return self._convolve(input, weight, bias)
+        padding = self.padding if self.padding_mode == "zeros" else padding_of(self)
         frozen = self._frozen
-        if frozen is not None:
-            output = frozen.forward(self, input, weight, bias, padding_of(self))
+        if frozen is not None and not _compiling():
+            output = frozen.forward(self, input, weight, bias, padding)
             if output is not None:
                 return output
-        repeated = self._repeated
-        if repeated is None:
-            repeated = self._repeated = RepeatedCall()
-        output = repeated.forward(self, input, weight, bias)
-        if output is None:
-            output = self._convolve(input, weight, bias)
-            repeated.missed(self, input, weight, bias)
-        return output
-
-    def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return conv2d(x, weight, bias, self.stride, padding_of(self), self.dilation, self.groups, padding_mode=self.padding_mode)
+        return conv2d(input, weight, bias, self.stride, padding, self.dilation, self.groups, padding_mode=self.padding_mode)
 
 
 class LazyConv2d(_Freezing, torch.nn.LazyConv2d):  # type: ignore[misc]
@@ -97,7 +84,6 @@ class LazyConv2d(_Freezing, torch.nn.LazyConv2d):  # type: ignore[misc]
     cls_to_become = Conv2d
     forward = Conv2d.forward
     _conv_forward = Conv2d._conv_forward
-    _convolve = Conv2d._convolve
 
 
 def freeze(model: M) -> M:
