@@ -18,17 +18,18 @@ from faltung.codegen.numeric import Numeric
 from faltung.cpu import depthwise_winograd
 from faltung.cpu import target as targets
 from faltung.cpu.depthwise_winograd import Config
-from faltung.cpu.depthwise_winograd_transform import BLOCK, POINTS, emit_filter, emit_input, emit_output, error_bound, matrices
+from faltung.cpu.depthwise_winograd_transform import ALONG_ROWS, BLOCK, POINTS, emit_filter, emit_input, emit_output, error_bound
 from faltung.cpu.winograd_transform import ERROR_LIMIT
 from faltung.problem import FORMATS, PADDING_MODES, ConvProblem
 from implementations import verify
 from instruction_sets import each_isa
 
 NAME = "depthwise_winograd"
+MATRICES = ALONG_ROWS.input_matrix, ALONG_ROWS.filter_matrix, ALONG_ROWS.output_matrix
 
 
 def test_the_matrices_compute_a_filter_exactly() -> None:
-    inputs, filters, outputs = matrices()
+    inputs, filters, outputs = MATRICES
     x, w = [Fraction(i * i - 5, 7) for i in range(POINTS)], [Fraction(3 * i - 4, 5) for i in range(BLOCK)]
 
     def times(matrix: Sequence[Sequence[Fraction]], vector: Sequence[Fraction]) -> list[Fraction]:
@@ -40,7 +41,7 @@ def test_the_matrices_compute_a_filter_exactly() -> None:
 
 @pytest.mark.parametrize(("emit", "which"), [(emit_input, 0), (emit_filter, 1), (emit_output, 2)], ids=["input", "filter", "output"])
 def test_the_code_of_a_transform_is_its_matrix(emit: object, which: int) -> None:
-    matrix = np.array(matrices()[which], float)
+    matrix = np.array(MATRICES[which], float)
     numeric = Numeric("f32", targets.host_target())
     entry = numeric.lanes * 4
 

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from ..problem import ConvProblem
 from .geometry import multiplications, padded_index
 
-__all__ = ["Line", "LinePhase", "context_rows", "lines", "predicted_cycles"]
+__all__ = ["Line", "LinePhase", "context_rows", "even_parts", "lines", "predicted_cycles"]
 
 _MOVE_CYCLES = {"nchw": 14.0, "nhwc": 7.0}
 """Cycles that one vector of input or output costs beside its multiply-adds; fitted to 3x3 and 5x5 layers with strides 1 and 2."""
@@ -123,6 +123,13 @@ def _backward(size: int, outputs: int, kernel: int, stride: int, dilation: int, 
     base = min((offset for _, taps, offset in found if taps), default=0)
     phases = tuple(LinePhase(start, -(-(size - start) // stride), offset - base if taps else 0, taps) for start, taps, offset in found)
     return Line(outputs, size, "zeros", base, 1, 1, dilation // gcd(dilation, stride), stride, phases)
+
+
+def even_parts(total: int, most: int) -> list[int]:
+    """``total`` split into as few parts as ``most`` allows, as even as can be, the larger ones first."""
+    parts = -(-total // most)
+    small, larger = divmod(total, parts)
+    return [small + 1] * larger + [small] * (parts - larger)
 
 
 def context_rows(rows: Line) -> int:

@@ -6,17 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ..codegen.emit import Function, Module, Value
+from .depthwise_geometry import even_parts
 from .depthwise_tile import Lanes
 from .target import Target
 
 __all__ = ["Edges", "Shape", "emit_bias_sum", "emit_products"]
-
-
-def _even(total: int, most: int) -> list[int]:
-    """``total`` split into as few parts as ``most`` allows, as even as can be, the larger ones first."""
-    parts = -(-total // most)
-    small, larger = divmod(total, parts)
-    return [small + 1] * larger + [small] * (parts - larger)
 
 
 @dataclass(frozen=True)
@@ -64,9 +58,9 @@ class Shape:
         """Blocks for an ``r x s`` kernel and rows of ``pixels``: accumulators take two thirds of the registers.  None where no block of pixels fits."""
         most = 21 if target.registers >= 32 else 8
         col_most = min(s, 16 if target.registers >= 32 else 7)
-        columns = _even(s, col_most)
+        columns = even_parts(s, col_most)
         row_most = min(r, max(1, most // columns[0]))
-        rows = _even(r, row_most)
+        rows = even_parts(r, row_most)
         taken = max(rows[0] * columns[0], 8 if target.registers >= 32 else 6)
         free = max(1, min(8, target.registers - taken - (2 if target.fma else 3)))
 
@@ -80,10 +74,10 @@ class Shape:
         return cls(tuple(dict.fromkeys(rows)), tuple(dict.fromkeys(columns)), row_most, col_most, best, step, spacing)
 
     def row_blocks(self, r: int) -> list[int]:
-        return _even(r, self.row_most)
+        return even_parts(r, self.row_most)
 
     def col_blocks(self, s: int) -> list[int]:
-        return _even(s, self.col_most)
+        return even_parts(s, self.col_most)
 
     @property
     def name(self) -> str:

@@ -18,7 +18,7 @@ from ..codegen.numeric import Numeric
 from ..dispatch import Unsupported
 from ..problem import DTYPES, ConvProblem
 from . import target as targets
-from .depthwise_geometry import Line, lines, predicted_cycles
+from .depthwise_geometry import Line, even_parts, lines, predicted_cycles
 from .depthwise_tile import image_strides, inside, odd_lines
 from .depthwise_winograd_kernel import ARGUMENTS, DepthwiseWinogradKernel
 from .depthwise_winograd_transform import BLOCK, POINTS, error_bound
@@ -52,11 +52,6 @@ class Config:
     cycles: float
 
 
-def _even(total: int, most: int) -> tuple[int, ...]:
-    parts = -(-total // most)
-    return tuple(total // parts + (i < total % parts) for i in range(parts))
-
-
 def _groups(columns: Line) -> int:
     return -(-len(columns.phases[0].taps) // BLOCK)
 
@@ -72,9 +67,9 @@ def choose(problem: ConvProblem, target: Target, threads: int, axes: tuple[Line,
     entry = numeric.lanes * numeric.compute_bytes
     many = target.registers >= 32
     groups, taps = _groups(columns), problem.r
-    pieces = _even(groups, 8 if many else 4)
+    pieces = tuple(even_parts(groups, 8 if many else 4))
     whole = -(-columns.count // BLOCK)
-    block = max(_even(whole, 14 if many else 8))
+    block = even_parts(whole, 14 if many else 8)[0]
     while block < whole and _tile_bytes(entry, 16, taps, whole, groups) > target.l2 * 3 // 4:
         whole = -(-whole // (2 * block)) * block if whole > 2 * block else block
     blocks = -(-whole // block) * block
@@ -87,7 +82,7 @@ def choose(problem: ConvProblem, target: Target, threads: int, axes: tuple[Line,
         tile_rows = -(-tile_rows // 2)
     tile_rows = -(-tile_rows // abreast) * abreast
     chunk = max(4, target.l1 * 5 // 8 // ((blocks + 2 * groups) * entry))
-    return Config(block, abreast, pieces, blocks, tile_rows, max(_even(taps, chunk)), _cycles(problem, numeric, threads, axes, groups))
+    return Config(block, abreast, pieces, blocks, tile_rows, even_parts(taps, chunk)[0], _cycles(problem, numeric, threads, axes, groups))
 
 
 def _cycles(problem: ConvProblem, numeric: Numeric, threads: int, axes: tuple[Line, Line], groups: int) -> float:

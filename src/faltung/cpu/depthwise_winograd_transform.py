@@ -10,20 +10,28 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from fractions import Fraction
-from functools import lru_cache
 
 from ..codegen.emit import Function, Value
-from .winograd_transform import emit_constant
+from .winograd_transform import Algorithm, emit_constant
 
-__all__ = ["BLOCK", "POINTS", "emit_filter", "emit_input", "emit_output", "error_bound"]
+__all__ = ["ALONG_ROWS", "BLOCK", "POINTS", "emit_filter", "emit_input", "emit_output", "error_bound"]
 
 BLOCK = 4
 """Outputs of a block, and taps of a group."""
 POINTS = 2 * BLOCK - 1
-_HALF = Fraction(1, 2)
-_FINITE = (Fraction(0), Fraction(1), Fraction(-1), _HALF, -_HALF, Fraction(2))
 _UNIT = 2.0**-24
 _SAFETY = 3.0
+
+
+class _AlongRows(Algorithm):
+    """The matrices of F(4, 4), whose sixth finite point has no partner of the other sign."""
+
+    @property
+    def finite(self) -> tuple[Fraction, ...]:
+        return (*super().finite, Fraction(2))
+
+
+ALONG_ROWS = _AlongRows(BLOCK, BLOCK, (Fraction(1), Fraction(1, 2)))
 
 
 def emit_input(f: Function, x: Sequence[Value], fused: bool) -> list[Value]:
@@ -53,10 +61,10 @@ def emit_input(f: Function, x: Sequence[Value], fused: bool) -> list[Value]:
 def emit_filter(f: Function, w: Sequence[Value], fused: bool) -> list[Value]:
     """``G w``: at a finite point ``p`` the filter's polynomial over ``prod (p - others)``, at infinity its last coefficient."""
     results = []
-    for p in _FINITE:
-        result = f.fmul(w[0], emit_constant(f, _weight(p), w[0].type))
-        for i in range(1, BLOCK if p else 1):
-            result = f.fma(w[i], emit_constant(f, _weight(p) * p**i, w[0].type), result, fused)
+    for row in ALONG_ROWS.filter_matrix[:-1]:
+        result = f.fmul(w[0], emit_constant(f, row[0], w[0].type))
+        for tap, factor in zip(w[1:], row[1:]):
+            result = f.fma(tap, emit_constant(f, factor, w[0].type), result, fused) if factor else result
         results.append(result)
     return [*results, w[-1]]
 
@@ -78,34 +86,13 @@ def emit_output(f: Function, m: Sequence[Value], fused: bool) -> list[Value]:
     ]
 
 
-@lru_cache(maxsize=16)
-def _weight(point: Fraction) -> Fraction:
-    return 1 / math.prod((point - other for other in _FINITE if other != point), start=Fraction(1))
-
-
-def _product(roots: Sequence[Fraction]) -> list[Fraction]:
-    result = [Fraction(1)]
-    for root in roots:
-        result = [s - root * r for s, r in zip([Fraction(0), *result], [*result, Fraction(0)])]
-    return result
-
-
-@lru_cache(maxsize=1)
-def matrices() -> tuple[list[list[Fraction]], list[list[Fraction]], list[list[Fraction]]]:
-    """``B^T``, ``G`` and ``A^T`` exactly, by their definitions."""
-    inputs = [_product([q for q in _FINITE if q != p]) + [Fraction(0)] for p in _FINITE] + [_product(_FINITE)]
-    filters = [[_weight(p) * p**i for i in range(BLOCK)] for p in _FINITE] + [[Fraction(int(i == BLOCK - 1)) for i in range(BLOCK)]]
-    outputs = [[p**i for p in _FINITE] + [Fraction(int(i == BLOCK - 1))] for i in range(BLOCK)]
-    return inputs, filters, outputs
-
-
 def error_bound(rows: int, columns: int) -> float:
     """Bound on the relative L2 error of a filter of ``rows x columns`` taps, for operands of independent entries, in float32.
 
     As :meth:`faltung.cpu.winograd_transform.Algorithm.error_bound`: rounding errors are independent, of variance ``u^2 / 3`` (Higham and Mary, 2019).  Point
     ``i`` adds up ``N`` products of variance ``b_i g_i``, whose partial sums grow; each factor errs by the roundings of its transform; ``A`` passes all on.
     """
-    inputs, filters, outputs = matrices()
+    inputs, filters, outputs = ALONG_ROWS.input_matrix, ALONG_ROWS.filter_matrix, ALONG_ROWS.output_matrix
     count = rows * -(-columns // BLOCK)
     total = 0.0
     for i in range(POINTS):
