@@ -28,7 +28,7 @@ def _problems(dtype: str) -> list[ConvProblem]:
         for position, case in enumerate(cases.TARGET_CASES)
         for number, direction in enumerate(DIRECTIONS)
         for turn, fmt in enumerate(FORMATS)
-        if dtype == "f32" or (position + number + turn + DTYPES.index(dtype)) % 2 == 0
+        if dtype == "f32" or (position + number + turn + list(DTYPES).index(dtype)) % 2 == 0
     ]
 
 

@@ -149,7 +149,7 @@ def _count(call: Prepared, x: Tensor, weight: Tensor, bias: Tensor | None, *argu
 
 def _same(value: Any, known: Any) -> bool:
     """Whether an argument is what it was, in value and kind: 1.0 is not 1."""
-    return value == known and _is_exact(value)
+    return _is_exact(value) and bool(value == known)
 
 
 def is_plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
