@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import faltung
 from faltung import functional
+from support import outcome
 
 
 @pytest.fixture
@@ -118,6 +119,32 @@ def test_another_input_is_noticed(name: str, longer_way: list[Any]) -> None:
     assert len(longer_way) == (3 if name == "subclass" else 2)  # a subclass's function calls it again
     assert type(ours) is type(stock)
     torch.testing.assert_close(ours, stock, check_stride=True)
+
+
+_WITHOUT_STRIDES: dict[str, Callable[[Tensor], Any]] = {
+    "sparse": lambda x: x.to_sparse(),
+    "nested": lambda x: torch.nested.nested_tensor(list(x)),
+    "mkldnn": lambda x: x.to_mkldnn(),
+    "quantized": lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8),
+    "csr": lambda x: x[0, 0].to_sparse_csr(),
+    "none": lambda _: None,
+    "number": lambda _: 1.0,
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", _WITHOUT_STRIDES)
+def test_operands_without_strides_after_a_known_call(name: str) -> None:
+    """PyTorch's guard ends the process where it asks such a tensor for its sizes."""
+    layer, x = _layer(), _x()
+    operands = [x, layer.weight.detach(), layer.bias.detach()]
+    for position in range(3):
+        for _ in range(3):
+            functional.conv2d(*operands)  # known
+        other = list(operands)
+        other[position] = _WITHOUT_STRIDES[name](operands[position] if operands[position].dim() == 4 else _x())
+        ours, stock = outcome(functional.conv2d, *other), outcome(torch.conv2d, *other)
+        assert type(ours) is type(stock), (ours, stock)
 
 
 @contextmanager

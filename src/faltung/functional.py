@@ -33,11 +33,12 @@ try:
 except ImportError:  # pragma: no cover
     TensorGuards = None
 
+_STRIDED = torch.strided
 _PLAIN = frozenset({Tensor, Parameter})
 _calls: dict[Any, tuple[Prepared, Any, Any, Any]] = {}
 """By signature: the convolution, and the stride, padding and dilation that its first call brought."""
 _repeated: dict[int, _Repeated] = {}
-"""By the weight's identity, which another weight may take over: the guard looks at what matters."""
+"""By the weight's identity."""
 
 # looked up once: a call makes about twenty of these, and each dot costs as much as a small kernel's inner loop
 _function_modes = torch._C._len_torch_function_stack
@@ -76,20 +77,25 @@ def conv2d(
     if _compiling():
         return _general(input, weight, bias, stride, padding, dilation, groups, padding_mode)
     repeated = _repeated.get(id(weight))
-    if repeated is not None and repeated.known is not None:
-        check, call, known_stride, known_padding, known_dilation, known_groups, mode, without_bias, derivatives, threads, token = repeated.known
+    if repeated is not None and repeated.known is not None and repeated.weight() is weight:
+        kind, bias_then, check, call, known_stride, known_padding, known_dilation, known_groups, mode, derivatives, threads, token = repeated.known
         if (
             (stride is known_stride or _same(stride, known_stride))
             and (padding is known_padding or _same(padding, known_padding))
             and (dilation is known_dilation or _same(dilation, known_dilation))
             and groups is known_groups
             and padding_mode == mode
-            and (bias is None) is without_bias
+            and bias_then() is bias
             and _threads() == threads
             and _options().token == token
             and not _function_modes()
+            and not _transforms()
             and forward_ad._current_level < 0
-            and (check(input, weight) if without_bias else check(input, weight, bias))
+            # the guard asks for sizes and strides first, and ends the process where there are none
+            and type(input) is kind
+            and input.layout is _STRIDED
+            and not input.is_nested
+            and (check(input, weight) if bias is None else check(input, weight, bias))
         ):
             return _apply(input, weight, bias, call) if derivatives and _grad_enabled() else call.forward(input, weight, bias)
     return _by_signature(input, weight, bias, stride, padding, dilation, groups, padding_mode)
@@ -144,7 +150,12 @@ def _count(call: Prepared, x: Tensor, weight: Tensor, bias: Tensor | None, *argu
     tensors = (x, weight) if bias is None else (x, weight, bias)
     guard = TensorGuards(*tensors, dynamic_dims_sizes=[list(t.shape) for t in tensors], dynamic_dims_strides=[list(t.stride()) for t in tensors])
     derivatives = any(t.requires_grad for t in tensors)
-    repeated.known = guard.check, call, *arguments, bias is None, derivatives, _threads(), _options().token
+    bias_then = _no_bias if bias is None else weakref.ref(bias)
+    repeated.known = type(x), bias_then, guard.check, call, *arguments, derivatives, _threads(), _options().token
+
+
+def _no_bias() -> None:
+    return None
 
 
 def _same(value: Any, known: Any) -> bool:
