@@ -269,16 +269,22 @@ def test_refused_arguments_are_refused_when_the_call_was_known() -> None:
     torch.testing.assert_close(layer(x), _wanted(layer, x))
 
 
-def test_calls_that_alternate_make_few_guards(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_calls_that_alternate_make_no_guards_but_the_first(monkeypatch: pytest.MonkeyPatch, longer_way: list[Any]) -> None:
     made: list[Any] = []
-    monkeypatch.setattr(functional, "_repeated", {})
     inner = functional.TensorGuards
     monkeypatch.setattr(functional, "TensorGuards", lambda *args, **kwargs: made.append(args) or inner(*args, **kwargs))
     layer, sizes = _layer(), [_x(1, 4, 5 + i, 6) for i in range(5)]
     for _ in range(40):
         for x in sizes:
             torch.testing.assert_close(layer(x), _wanted(layer, x))
-    assert len(made) <= 8
+    assert len(made) == 1
+    assert len(longer_way) == 1 + 40 * 4  # the first size stays known
+    for x in (sizes[1], sizes[2]) * 3:  # each for a while, as in training and validation
+        longer_way.clear()
+        for _ in range(5):
+            layer(x)
+        assert len(longer_way) == 2
+    assert len(made) == 7
 
 
 def test_without_pytorchs_guard_every_call_goes_the_longer_way(monkeypatch: pytest.MonkeyPatch, longer_way: list[Any]) -> None:

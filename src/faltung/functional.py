@@ -129,27 +129,27 @@ def _by_signature(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sizes,
 
 
 class _Repeated:
-    """What is known of the calls with one weight: the last one that was worth a guard, and how many were none that was known."""
+    """What is known of the calls with one weight: the last one that was worth a guard, and the last one that was not known."""
 
-    __slots__ = ("known", "misses", "weight")
+    __slots__ = ("known", "missed", "weight")
 
     def __init__(self, weight: Tensor) -> None:
         self.known: tuple[Any, ...] | None = None
-        self.misses = 0
+        self.missed: tuple[Prepared, bool] | None = None
         self.weight = weakref.ref(weight)
 
 
 def _count(call: Prepared, x: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any) -> None:
-    """Know this plain call from now on.  Only the first, second, fourth, eighth, ... of those that were not known is worth a guard: calls may alternate."""
+    """Know this plain call from now on, if it is the weight's first or repeats the last one that was not known: a guard takes as long as two signatures."""
     repeated = _repeated.get(id(weight))
     if repeated is None or repeated.weight() is not weight:
         repeated = bounded(_repeated, id(weight), _Repeated(weight))
-    repeated.misses += 1
-    if repeated.misses & (repeated.misses - 1) or TensorGuards is None or not all(map(_is_exact, arguments[:4])):
-        return
     tensors = (x, weight) if bias is None else (x, weight, bias)
-    guard = TensorGuards(*tensors, dynamic_dims_sizes=[list(t.shape) for t in tensors], dynamic_dims_strides=[list(t.stride()) for t in tensors])
     derivatives = any(t.requires_grad for t in tensors)
+    again, repeated.missed = repeated.missed == (call, derivatives), (call, derivatives)
+    if not (repeated.known is None or again) or TensorGuards is None or not all(map(_is_exact, arguments[:4])):
+        return
+    guard = TensorGuards(*tensors, dynamic_dims_sizes=[list(t.shape) for t in tensors], dynamic_dims_strides=[list(t.stride()) for t in tensors])
     bias_then = _no_bias if bias is None else weakref.ref(bias)
     repeated.known = type(x), bias_then, guard.check, call, *arguments, derivatives, _threads(), _options().token
 
