@@ -34,7 +34,7 @@ def random_problem(rng: random.Random) -> ConvProblem:
         g = 1 if kind in ("dense", "pointwise") else rng.choice((2, 3, 4, 8, 17, 33) if kind == "depthwise" else (2, 3, 4, 5))
         cg = 1 if kind == "depthwise" else rng.choice(sizes)
         kg = rng.choice((1, 1, 1, 2, 3)) if kind == "depthwise" else rng.choice(sizes)
-        r = 1 if kind == "pointwise" else rng.choice((1, 2, 3, 3, 3, 4, 5, 7, 9))
+        r = 1 if kind == "pointwise" else rng.choice((1, 2, 3, 3, 3, 4, 5, 7, 9, *((17, 31) if kind == "depthwise" else ())))
         s = rng.choice((r, r, r, 1, 2, 3, 5)) if kind != "pointwise" else 1
         stride = (1, 1) if rng.random() < 0.5 else (rng.choice((1, 2, 3, 4)), rng.choice((1, 2, 3, 4, 7)))
         dilation = (1, 1) if rng.random() < 0.7 else (rng.choice((1, 2, 3, 9)), rng.choice((1, 2, 4, 11)))
