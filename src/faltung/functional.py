@@ -122,7 +122,7 @@ def _by_signature(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sizes,
     same = stride is known_stride and padding is known_padding and dilation is known_dilation
     if not ((same or (_is_exact(stride) and _is_exact(padding) and _is_exact(dilation))) and type(groups) is int):
         normalize((1, 1), stride, padding, dilation, groups, padding_mode)
-    _count(call, x, weight, bias, stride, padding, dilation, groups, padding_mode)
+    _remember(call, x, weight, bias, stride, padding, dilation, groups, padding_mode)
     if _grad_enabled() and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
         return _apply(x, weight, bias, call)
     return call.forward(x, weight, bias)
@@ -139,7 +139,7 @@ class _Repeated:
         self.weight = weakref.ref(weight)
 
 
-def _count(call: Prepared, x: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any) -> None:
+def _remember(call: Prepared, x: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any) -> None:
     """Know this plain call from now on, if it is the weight's first or repeats the last one that was not known: a guard takes as long as two signatures."""
     repeated = _repeated.get(id(weight))
     if repeated is None or repeated.weight() is not weight:
@@ -205,7 +205,7 @@ def _first(key: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *arguments:
     call = prepare(x, weight, bias, form)
     if key is not None:
         bounded(_calls, key, (call, *arguments[:3]))
-        _count(call, x, weight, bias, *arguments)
+        _remember(call, x, weight, bias, *arguments)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
         return _apply(x, weight, bias, call)
     return call.forward(x, weight, bias)

@@ -207,8 +207,7 @@ class Prepared:
         launch = self._grad_weight.get(bias)
         if launch is None:
             launch = self._grad_weight[bias] = self._launcher("grad_weight", bias)
-        if grad_output.stride() != self.output_strides:
-            grad_output = dense(grad_output, self.problem.format)
+        grad_output = self.dense_gradient(grad_output)
         if x.stride() != self.input_strides:
             x = dense(x, self.problem.format)
         grad_weight = self._allocate(self.weight_shape, self.weight_strides, self.dtype)

@@ -1,8 +1,8 @@
 """Depthwise convolution with wide kernels by Winograd's filtering F(4, 4) along rows: 1.75 multiply-adds for four, whatever the width.
 
 Vector lanes are channels, as in :mod:`faltung.cpu.depthwise`.  A source row is transformed once, in blocks of four columns, for all the output rows and groups
-of four taps that read it; sums over kernel rows and groups of taps stay transformed until they are complete.  For 31x31 at 56x56 the transforms are a
-twentieth of the work.  Forward and grad_input with stride and dilation 1 and no channel multiplier.
+of four taps that read it; sums over kernel rows and groups of taps stay transformed until they are complete.  For 31x31 at 56x56 the transforms'
+operations are a twentieth of the products'.  Forward and grad_input with stride and dilation 1 and no channel multiplier.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def _tile_bytes(entry: int, rows: int, taps: int, blocks: int, groups: int) -> i
 
 
 def choose(problem: ConvProblem, target: Target, threads: int, axes: tuple[Line, Line]) -> Config:
-    """The tile: within three quarters of the second-level cache, and tasks enough for the threads; no bit of a result depends on it."""
+    """The tile: within three quarters of the second-level cache, and tasks enough for the threads, on whose number no bit of a result depends."""
     rows, columns = axes
     numeric = Numeric(problem.dtype, target)
     entry = numeric.lanes * numeric.compute_bytes
@@ -90,10 +90,16 @@ def _cycles(problem: ConvProblem, numeric: Numeric, threads: int, axes: tuple[Li
     rows, columns = axes
     blocks, inputs = -(-columns.count // BLOCK), -(-columns.count // BLOCK) + groups - 1
     first, last = columns.inside() if columns.mode == "zeros" else (0, columns.length(columns.count))
-    met = sum(max(0, min(blocks, -(-last // BLOCK) - g) - max(0, -(-(first - 2 * BLOCK + 2) // BLOCK) - g)) for g in range(groups))
+    low, high = _blocks_met(first, last)
+    met = sum(max(0, min(blocks, high - g) - max(0, low - g)) for g in range(groups))
     products = _rows_met(rows) * met * POINTS / 2
     moved = rows.size * inputs * _INPUT_CYCLES + rows.count * blocks * _OUTPUT_CYCLES
     return (problem.n * (products + moved) + problem.r * groups * _FILTER_CYCLES) * -(-problem.c // numeric.lanes) / threads
+
+
+def _blocks_met(first: int, last: int) -> tuple[int, int]:
+    """The first block of inputs that has one of the columns ``first`` to ``last - 1`` among its seven, and the one after the last."""
+    return max(0, -(-(first - 2 * BLOCK + 2) // BLOCK)), -(-last // BLOCK)
 
 
 def _rows_met(rows: Line) -> float:
@@ -179,8 +185,7 @@ def build_plan(problem: ConvProblem, target: Target, threads: int, config: Confi
     tail = problem.c % numeric.lanes != 0
     col_tiles, row_tiles = -(-columns.count // (config.blocks * BLOCK)), -(-rows.count // config.rows)
     first, last = inside(columns, problem.format)
-    # A block of inputs of which all is zero: none of its seven columns lies in the image.
-    reach = (max(0, -(-(first - 2 * BLOCK + 2) // BLOCK)), -(-last // BLOCK)) if col_tiles == 1 and config.blocks == config.block else None
+    reach = _blocks_met(first, last) if col_tiles == 1 and config.blocks == config.block else None
     kernel = DepthwiseWinogradKernel(
         target, problem.dtype, problem.format, tail, problem.epilogue.bias and forward, config.block, config.abreast, config.pieces,
         reach if columns.mode == "zeros" else None,
