@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 import harness
 from faltung import testing
 from faltung.codegen import load as loader
+from faltung.codegen.compile import compile_object
 from faltung.cpu.target import TARGETS, Target
 
 try:
@@ -31,7 +32,8 @@ _SPACING = 1 << 32
 _CODE, _IMAGE, _STACK, _SCRATCH, _OPERANDS = (i * _SPACING for i in range(1, 6))
 _RETURN = _CODE + (1 << 30)
 _STACK_BYTES = 1 << 20
-_ADR_PAGE, _ADD_LOW, _JUMP, _CALL = 275, 277, 282, 283
+_ADR_PAGE, _ADD_LOW, _JUMP, _CALL, _ADDRESS_PAGE, _ADDRESS_LOW = 275, 277, 282, 283, 311, 312
+_LOAD_EIGHT = 286
 _LOAD_LOW = {278: 0, 284: 1, 285: 2, 286: 3, 299: 4}
 """Kinds of relocations; those of loads and stores with the logarithm of their size."""
 
@@ -39,7 +41,7 @@ _LOAD_LOW = {278: 0, 284: 1, 285: 2, 286: 3, 299: 4}
 class _Assembled:
     """Stands for a kernel that this machine cannot run."""
 
-    def __init__(self, name: str, target: Target, code: bytes) -> None:
+    def __init__(self, name: str, target: Target, code: dict[str, bytes]) -> None:
         self.name, self.target, self.code, self.address = name, target, code, 0
 
     def function(self, arguments: int) -> Any:
@@ -54,14 +56,15 @@ class _Assembled:
 
 @contextmanager
 def assembled() -> Iterator[dict[str, bytes]]:
-    """Inside, kernels for AArch64 are compiled but not loaded; the dictionary gets their objects by name."""
+    """Inside, kernels for AArch64 are compiled but not loaded; the dictionary gets their units' objects by symbol."""
     objects: dict[str, bytes] = {}
     place = loader._place
 
-    def keep(name: str, target: Target, code: bytes, entry: str) -> Any:
+    def keep(name: str, target: Target, parts: Iterable[loader.Unit]) -> Any:
         if target.isa != "neon":
-            return place(name, target, code, entry)
-        objects[name] = code
+            return place(name, target, parts)
+        code = {part.symbol: objects.get(part.symbol) or compile_object(part.text, target) for part in parts}
+        objects.update(code)
         return _Assembled(name, target, code)
 
     loader._place = keep  # type: ignore[assignment]
@@ -87,29 +90,59 @@ def _image(block: np.ndarray, tables: tuple[np.ndarray, ...]) -> tuple[bytes, li
     return image, links, places[-1][2]
 
 
-def _linked(code: bytes) -> tuple[bytes, int]:
-    """The sections of an object in one piece, relocated to stand at ``_CODE``, and the address of its entry point."""
-    (table,), (size, count) = struct.unpack_from("<Q", code, 40), struct.unpack_from("<2H", code, 58)
-    sections = [struct.unpack_from("<2I4Q2I2Q", code, table + i * size) for i in range(count)]
-    memory, starts = bytearray(), {}
-    for i, (_, _, flags, _, offset, length, _, _, align, _) in enumerate(sections):
-        if flags & 2:  # belongs into memory
-            memory += bytes(-len(memory) % max(align, 1))
-            starts[i] = _CODE + len(memory)
-            memory += code[offset : offset + length]
-    symbols, entry = [], 0
-    for _, kind, _, _, offset, length, link, _, _, _ in sections:
-        for at in range(offset, offset + length if kind == 2 else offset, 24):
-            name, _, _, section, value, _ = struct.unpack_from("<I2BH2Q", code, at)
-            symbols.append(starts.get(section, 0) + value)
-            text = sections[link][4] + name
-            if code[text : code.index(b"\0", text)] == b"entry":
-                entry = symbols[-1]
-    for _, kind, _, _, offset, length, _, info, _, _ in sections:
-        for at in range(offset, offset + length if kind == 4 and info in starts else offset, 24):
-            place, what, addend = struct.unpack_from("<2Qq", code, at)
-            _relocate(memory, starts[info] + place, what & 0xFFFFFFFF, symbols[what >> 32] + addend)
-    return bytes(memory), entry
+class _Object:
+    """An object's sections that belong into memory, put behind what is there already, and the addresses of its symbols."""
+
+    def __init__(self, code: bytes, memory: bytearray) -> None:
+        self._code, self._starts = code, {}
+        (table,), (size, count) = struct.unpack_from("<Q", code, 40), struct.unpack_from("<2H", code, 58)
+        self._sections = [struct.unpack_from("<2I4Q2I2Q", code, table + i * size) for i in range(count)]
+        for i, (_, _, flags, _, offset, length, _, _, align, _) in enumerate(self._sections):
+            if flags & 2:  # belongs into memory
+                memory += bytes(-len(memory) % max(align, 1))
+                self._starts[i] = _CODE + len(memory)
+                memory += code[offset : offset + length]
+        self._symbols: list[tuple[str, int | None]] = []
+        self.public: dict[str, int] = {}
+        for _, kind, _, _, offset, length, link, _, _, _ in self._sections:
+            for at in range(offset, offset + length if kind == 2 else offset, 24):
+                name_at, facts, _, section, value, _ = struct.unpack_from("<I2BH2Q", code, at)
+                text = self._sections[link][4] + name_at
+                name = code[text : code.index(b"\0", text)].decode()
+                address = self._starts[section] + value if section in self._starts else None
+                self._symbols.append((name, address))
+                if facts >> 4 == 1 and address is not None:
+                    self.public[name] = address
+
+    def relocate(self, memory: bytearray, elsewhere: dict[str, int]) -> None:
+        """Put addresses into the code: its own, and those of other objects' functions by their symbols."""
+        places: dict[str, int] = {}
+        for _, kind, _, _, offset, length, _, info, _, _ in self._sections:
+            for at in range(offset, offset + length if kind == 4 and info in self._starts else offset, 24):
+                place, what, addend = struct.unpack_from("<2Qq", self._code, at)
+                name, address = self._symbols[what >> 32]
+                if address is None:
+                    address = elsewhere[name]
+                kind_of_place = what & 0xFFFFFFFF
+                if kind_of_place in (_ADDRESS_PAGE, _ADDRESS_LOW):  # of a place that holds the address
+                    if name not in places:
+                        memory += bytes(-len(memory) % 8)
+                        places[name] = _CODE + len(memory)
+                        memory += struct.pack("<Q", address)
+                    address, kind_of_place = places[name], {_ADDRESS_PAGE: _ADR_PAGE, _ADDRESS_LOW: _LOAD_EIGHT}[kind_of_place]
+                _relocate(memory, self._starts[info] + place, kind_of_place, address + addend)
+
+
+def _linked(code: dict[str, bytes]) -> tuple[bytes, int]:
+    """The objects of a kernel's units, by their symbols, in one piece, relocated to stand at ``_CODE``, and the address of its entry point."""
+    memory = bytearray()
+    objects = {symbol: _Object(content, memory) for symbol, content in code.items()}
+    public = {}
+    for symbol, placed in objects.items():
+        (public[symbol],) = placed.public.values()
+    for placed in objects.values():
+        placed.relocate(memory, public)
+    return bytes(memory), public[symbol]
 
 
 def _relocate(memory: bytearray, place: int, kind: int, to: int) -> None:

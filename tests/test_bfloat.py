@@ -159,7 +159,7 @@ def test_only_processors_with_pair_products_get_them() -> None:
             numeric = Numeric(dtype, machine)
             _, columns = direct.axes(one, config.tile, dense=config.layout == "inner")
             kernel = direct._kernel(one, direct.Roles(one), numeric, config, columns, False)
-            code = assembly(kernel.emit(), machine)
+            code = assembly(str(kernel.emit()), machine)
             assert ("vdpbf16ps" in code) == numeric.pairs
     assert not any(machine.bfloat16_dot for name, machine in target.TARGETS.items() if name != PAIRS)
 

@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from emitted import build, module_text
+from emitted import build, module_of
 from faltung.codegen.builtin import STACK_BYTES, builtin_on_stack
+from faltung.codegen.compile import compile_object
 from faltung.codegen.emit import Function
 from faltung.codegen.load import Kernel, load
+from faltung.codegen.place import place
 from faltung.cpu.target import host_target
 
 _HOST = host_target()
@@ -61,9 +63,8 @@ def test_calls_neither_gain_nor_lose_references() -> None:
 
 
 def test_a_function_keeps_its_code_and_gives_it_back() -> None:
-    text = module_text(("p", "a", "b", "c"), _store)
-    kernel = load("kept", _HOST, lambda: text)
-    alone = Kernel("alone", _HOST, kernel._engine, "entry")
+    kernel = load("kept", _HOST, lambda: module_of(("p", "a", "b", "c"), _store))
+    alone = Kernel("alone", _HOST, kernel._engine, kernel._entry)
     seen = weakref.ref(alone)
     function = alone.function(4)
     del alone
@@ -84,8 +85,7 @@ def test_a_workspace_on_the_stack_is_aligned_and_wholly_usable() -> None:
         f.loop(0, STACK_BYTES, 8, lambda i: f.store(i, f["pwork"] + i))
         f.store(f.load(f["pwork"] + (STACK_BYTES - 8)), f["pout"] + 16)
 
-    text = module_text(("pblock", "pout", "pwork"), fill)
-    kernel = load("on_stack", _HOST, lambda: text)
+    kernel = load("on_stack", _HOST, lambda: module_of(("pblock", "pout", "pwork"), fill))
     block, out = np.array([77], np.int64), _numbers(3)
     function = kernel.function_on_stack(1, block, STACK_BYTES, None)
     del block
@@ -119,7 +119,7 @@ done:
 }
 """
     flag = _numbers(2)
-    function = load("spin", _HOST, lambda: text).function(2)
+    function = Kernel("spin", _HOST, place([compile_object(text, _HOST)]), "entry").function(2)
     teller = threading.Timer(0.05, lambda: flag.__setitem__(0, 1))
     teller.start()
     function(flag.ctypes.data, 1 << 34)

@@ -246,7 +246,7 @@ def test_the_oldest_objects_go_when_the_bound_is_reached(folder: Path, monkeypat
 
 
 def the_file_of(folder: Path, number: int) -> Path:
-    return folder / (compiler._key(text_of(number), MACHINE) + ".kernel")
+    return folder / (compiler.object_key(text_of(number), MACHINE) + ".kernel")
 
 
 def test_a_hit_counts_as_use(folder: Path) -> None:

@@ -342,9 +342,9 @@ def test_generates_for_neon(fmt: str, dtype: str) -> None:
     for whole in (False, True) if fmt == "nhwc" else (False,):
         lanes = Lanes(Numeric(dtype, target), fmt, "same", tail=not whole)
         columns = (Reach(1, 0, 1, whole), Reach(3, 1, 1, whole))
-        assert len(compile_object(emit_gather(Spec(lanes, columns, 6, 1, 1, bias=True, direct=whole, ahead=whole)), target)) > 1000
+        assert len(compile_object(str(emit_gather(Spec(lanes, columns, 6, 1, 1, bias=True, direct=whole, ahead=whole))), target)) > 1000
         edges = Edges.of(28, shape.pixels, 1, 1, 1) if whole else None
-        assert len(compile_object(emit_weight(WeightSpec(lanes, lanes, shape, bias=True, direct=whole, edges=edges, at_once=whole)), target)) > 1000
+        assert len(compile_object(str(emit_weight(WeightSpec(lanes, lanes, shape, bias=True, direct=whole, edges=edges, at_once=whole))), target)) > 1000
 
 
 def test_refusals() -> None:

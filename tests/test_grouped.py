@@ -12,6 +12,7 @@ import torch
 import harness
 from faltung import config, testing
 from faltung.codegen.compile import assembly
+from faltung.codegen.emit import Module
 from faltung.codegen.numeric import Numeric
 from faltung.cpu import grouped, grouped_weight
 from faltung.cpu import target as targets
@@ -108,9 +109,9 @@ def assembly_of(p: ConvProblem, isa: str, monkeypatch: pytest.MonkeyPatch) -> st
     class Generated(Exception):
         pass
 
-    def load(name: str, target: targets.Target, emit: Callable[[], str]) -> None:
+    def load(name: str, target: targets.Target, emit: Callable[[], Module]) -> None:
         assert name.endswith(isa)
-        raise Generated(assembly(emit(), target))
+        raise Generated(assembly(str(emit()), target))
 
     monkeypatch.setattr(grouped, "load", load)
     monkeypatch.setattr(grouped_weight, "load", load)

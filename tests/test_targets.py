@@ -121,8 +121,8 @@ def test_aarch64_runs_under_emulation(dtype: str) -> None:
 
 def test_a_target_changes_the_code_and_the_cache_key() -> None:
     """Two targets of one instruction set are two kernels."""
-    from faltung.codegen.compile import _key
+    from faltung.codegen.compile import object_key
 
     base = target.TARGETS["avx2"]
     others = [replace(base, cpu="znver3"), replace(base, features="-bmi2"), target.TARGETS["sse2"], target.TARGETS["neon"]]
-    assert len({_key("text", machine) for machine in (base, *others)}) == 5
+    assert len({object_key("text", machine) for machine in (base, *others)}) == 5

@@ -65,7 +65,7 @@ def _new() -> Any:
 
 @lru_cache(maxsize=16)
 def _wrapper(arguments: int, stack_bytes: int, target: Target) -> tuple[_MethodDefinition, Any]:
-    engine = place(compile_object(_text(arguments, stack_bytes), target), target)
+    engine = place([compile_object(_text(arguments, stack_bytes), target)])
     addresses = [ctypes.cast(getattr(ctypes.pythonapi, name), ctypes.c_void_p).value or 0 for name in _API]
     error = ctypes.c_void_p.in_dll(ctypes.pythonapi, "PyExc_TypeError").value or 0
     table = np.array([*addresses, error, id(None)], np.int64)

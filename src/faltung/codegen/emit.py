@@ -8,14 +8,16 @@ Integers are 64 bits wide and pointers are plain addresses: ``pointer + offset``
 
 from __future__ import annotations
 
+import re
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TypeAlias
 
 __all__ = ["FLOAT_BYTES", "Function", "Module", "Scalar", "Value", "vector_type"]
 
 FLOAT_BYTES = {"float": 4, "double": 8, "half": 2, "i16": 2, "i64": 8, "i32": 4, "i8": 1}
+_CALLED = re.compile(r"@([\w.]+)\(")
 _BITS = {"float": 32, "double": 64, "half": 16, "i16": 16, "i32": 32, "i64": 64, "i8": 8, "i1": 1}
 
 
@@ -117,10 +119,30 @@ class Module:
         """Zeroed memory ``@name`` that all calls share."""
         self._memory[name] = byte_count
 
+    @property
+    def entry(self) -> Function:
+        """The one public function."""
+        (found,) = (f for f in self._functions.values() if f.public)
+        return found
+
+    @property
+    def divisible(self) -> bool:
+        """Whether its functions may be compiled one by one: not where they share memory."""
+        return not self._memory
+
     def __str__(self) -> str:
         memory = "".join(f"@{name} = internal global [{size} x i8] zeroinitializer, align 64\n" for name, size in sorted(self._memory.items()))
         declarations = "".join(f"declare {signature}\n" for _, signature in sorted(self._declarations.items()))
         return memory + declarations + "\n".join(str(f) for f in self._functions.values())
+
+    def unit(self, function: Function, symbols: Mapping[str, str]) -> str:
+        """A module of ``function`` alone, made public, and those that belong to it; what they call is declared by its name in ``symbols``."""
+        inside = {function.name: function, **function.parts}
+        bodies = "\n".join(f.text(f is function, symbols) for f in inside.values())
+        called = {callee.name: callee for f in inside.values() for callee in f.callees.values() if callee.name not in inside}
+        declared = [signature for name, signature in sorted(self._declarations.items()) if f"@{name}(" in bodies]
+        declared += [f"{f.result} @{symbols[name]}({', '.join(f.parameter_types)}) nounwind nonlazybind" for name, f in sorted(called.items())]
+        return "".join(f"declare {signature}\n" for signature in declared) + bodies
 
 
 class Function:
@@ -135,12 +157,25 @@ class Function:
         self._mask_counts: dict[str, Value] = {}
         self._parameters = list(parameters)
         self.arguments = {n: Value(self, f"%{n}", t) for t, n in parameters}
+        self.callees: dict[str, Function] = {}
+        self.parts: dict[str, Function] = {}
+        """Functions that nothing else calls, and that are compiled together with it."""
 
     def __str__(self) -> str:
+        return self.text(self.public, {})
+
+    def text(self, public: bool, symbols: Mapping[str, str]) -> str:
+        """Its definition; functions that it calls go by their names in ``symbols``, where they have one there."""
         parameters = ", ".join(f"{t} %{n}" for t, n in self._parameters)
-        linkage = "" if self.public else "internal "
+        linkage = "" if public else "internal "
         body = "\n".join(self._entry + self._lines)
+        if symbols:
+            body = _CALLED.sub(lambda found: f"@{symbols.get(found[1], found[1])}(", body)
         return f"define {linkage}{self.result} @{self.name}({parameters}) nounwind {{\nentry:\n{body}\n}}\n"
+
+    @property
+    def parameter_types(self) -> list[str]:
+        return [t for t, _ in self._parameters]
 
     def __getitem__(self, name: str) -> Value:
         return self.arguments[name]
@@ -349,12 +384,23 @@ class Function:
 
     def call(self, callee: Function | str, arguments: Sequence[Value], result: str = "void") -> Value | None:
         """A call of an emitted function, or of an address in a value by ``callee=value.text``."""
+        if isinstance(callee, Function):
+            self.callees[callee.name] = callee
         name = f"@{callee.name}" if isinstance(callee, Function) else callee
         text = f"call {result} {name}({', '.join(map(str, arguments))})"
         if result == "void":
             self.line(text)
             return None
         return self.define(result, text)
+
+    def own(self, function: Function) -> None:
+        """Make an emitted function part of this one, because nothing else calls it."""
+        self.parts[function.name] = function
+
+    def address_of(self, function: Function) -> Value:
+        """The address of an emitted function, which becomes a part of this one."""
+        self.own(function)
+        return Value(self, f"@{function.name}", "ptr")
 
     def fetch_add(self, pointer: Value, amount: int) -> Value:
         return self.define("i64", f"atomicrmw add {pointer}, i64 {amount} monotonic")

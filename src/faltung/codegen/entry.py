@@ -98,6 +98,7 @@ def emit_entry(module: Module, arguments: ArgumentBlock, stages: Sequence[tuple[
     """
     workers = [_emit_worker(module, arguments, i, count, prologue) for i, (count, prologue) in enumerate(stages)]
     f = module.function("entry", [("i64", "block"), *(("i64", name) for name in OPERANDS), ("i64", "workspace")], public=True)
+    f.own(workers[-1][0])  # as good as never the same in two kernels
     context = f.stack(8 * len(_CONTEXT))
     for i, name in enumerate(_CONTEXT[:-1]):
         f.store(f[name], context + 8 * i)
@@ -114,7 +115,7 @@ def emit_entry(module: Module, arguments: ArgumentBlock, stages: Sequence[tuple[
 
         def together(adapter: Function = adapter, wanted: Value = wanted) -> None:
             number = f.cast("trunc", wanted, "i32")
-            f.call(parallel.text, [Value(f, f"@{adapter.name}", "ptr"), context, number, f.value(0, "i32")])
+            f.call(parallel.text, [f.address_of(adapter), context, number, f.value(0, "i32")])
 
         f.branch(wanted > 1, together, alone)
     f.ret()

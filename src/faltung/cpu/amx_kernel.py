@@ -85,13 +85,13 @@ class AmxKernel:
         """Whether numbers that are not finite may give NaN where they should not (see :mod:`faltung.cpu.checked`)."""
         return self.joined or self.parts > 1
 
-    def emit(self) -> str:
+    def emit(self) -> Module:
         """The module's IR text; its entry point is ``entry``."""
         module = Module()
         # Weights and sums are float32 before and after the products.
         builder = _Builder(self, module, Numeric(self.dtype, replace(self.target, bfloat16_dot=False)))
         emit_entry(module, ARGUMENTS, [("pack_tasks", builder.pack_stage), ("tasks", builder.compute_stage)])
-        return str(module)
+        return module
 
 
 def emit_micro(module: Module, chunks: int, vectors: int, parts: int) -> Function:

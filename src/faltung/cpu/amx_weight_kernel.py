@@ -79,7 +79,7 @@ class AmxWeightKernel:
         """Whether x and the gradient of y are written as rows of 16-bit units before they are packed; the gradient of y in nchw needs no such rows."""
         return self.format == "nchw" or self.parts > 1, self.format == "nhwc" and self.parts > 1
 
-    def emit(self) -> str:
+    def emit(self) -> Module:
         """The module's IR text; its entry point is ``entry``."""
         module = Module()
         builder = _Builder(self, module)
@@ -87,7 +87,7 @@ class AmxWeightKernel:
         if not self.single:
             stages.append(("finish_tasks", builder.finish_stage))
         emit_entry(module, ARGUMENTS, stages)
-        return str(module)
+        return module
 
 
 def _emit_products(module: Module, parts: int, lefts: int, rights: int) -> Function:

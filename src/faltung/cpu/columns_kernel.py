@@ -56,12 +56,12 @@ class ColumnsKernel:
         flags = "".join(letter for letter, set_ in zip("ur", (self.unit, self.runs)) if set_)
         return f"columns_{'scatter' if self.scatter else 'gather'}_{self.dtype}_{self.format}{'_' + flags if flags else ''}_{self.target.isa}"
 
-    def emit(self) -> str:
+    def emit(self) -> Module:
         """The module's IR text; its entry point is ``entry``."""
         module = Module()
         builder = (_Scatter if self.scatter else _Gather)(self, Numeric(self.dtype, self.target))
         emit_entry(module, ARGUMENTS, [("tasks", builder.planes if self.format == "nchw" else builder.pixels)])
-        return str(module)
+        return module
 
 
 class _Mover:

@@ -83,7 +83,7 @@ class Spec:
         )
 
 
-def emit_gather(spec: Spec) -> str:
+def emit_gather(spec: Spec) -> Module:
     """The kernel of ``forward`` and ``grad_input``.
 
     Stage 0, for each vector of lanes: weights to ``[residue][tap][lane]`` in the compute type, taps in the order of the phases; bias to ``[lane]``.
@@ -107,7 +107,7 @@ def emit_gather(spec: Spec) -> str:
         return lambda index: _tile(f, task, spec, index, loader, flush, taps)
 
     emit_entry(module, ARGUMENTS, [("pack_tasks", pack), ("tiles", tile)])  # type: ignore[list-item]
-    return str(module)
+    return module
 
 
 def _pack(f: Function, task: Task, spec: Spec, index: Value) -> None:

@@ -74,7 +74,7 @@ class _Kernel:
     def name(self) -> str:
         return f"depthwise_few_{self.dtype}_{self.period}x{self.repeats}_{self.target.isa}"
 
-    def emit(self) -> str:
+    def emit(self) -> Module:
         """The module's IR text; its entry point is ``entry``.
 
         Stage 0: each tap's weights (and the bias) for the lanes of a period.  Stage 1, for each image and tile of output rows: copy the rows that it reads
@@ -82,7 +82,7 @@ class _Kernel:
         """
         module = Module()
         emit_entry(module, ARGUMENTS, [("pack_tasks", self._pack), ("tasks", self._stage)])
-        return str(module)
+        return module
 
     @property
     def _numeric(self) -> Numeric:

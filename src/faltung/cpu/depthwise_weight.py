@@ -66,7 +66,7 @@ class Spec:
         return "_".join((*parts, *(("direct",) if self.direct else ()), *bias, numeric.target.isa))
 
 
-def emit_weight(spec: Spec) -> str:
+def emit_weight(spec: Spec) -> Module:
     """The kernel of ``grad_weight``.
 
     Stage 0, for each slice and chunk of vectors: zero the partial sums ``[tap (and bias)][lane]``; for each strip of output rows of its tiles: load the
@@ -89,7 +89,7 @@ def emit_weight(spec: Spec) -> str:
         return partial(_total, f, task, spec)
 
     emit_entry(module, ARGUMENTS, [("tasks", gather), ("sum_tasks", total)])  # type: ignore[list-item]
-    return str(module)
+    return module
 
 
 def _gather(

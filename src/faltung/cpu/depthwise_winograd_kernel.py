@@ -67,7 +67,7 @@ class DepthwiseWinogradKernel:
     def _lanes(self) -> Lanes:
         return Lanes(self._numeric, self.format, "same", self.tail)
 
-    def emit(self) -> str:
+    def emit(self) -> Module:
         """The module's IR text; its entry point is ``entry``.
 
         A task, for each vector of channels and slice of the tiles: weights to lanes, and transformed.  Then for each tile: each source row to scratch
@@ -84,7 +84,7 @@ class DepthwiseWinogradKernel:
             self._emit_outputs(module),
         )
         emit_entry(module, ARGUMENTS, [("tasks", partial(self._stage, functions))])
-        return str(module)
+        return module
 
     def _filters(self, f: Function, task: Task, vector: Value, raw: Value, target: Value) -> None:
         """The weights of a vector of channels, transformed; ``raw`` is room for them as they are."""

@@ -88,13 +88,13 @@ class DirectKernel:
         block = f"{self.rows}x{self.vectors}_st{self.step}_ph{self.phases}"
         return f"direct_{self.dtype}_{self.format}_{self.orientation}_{self.layout}_{block}{tail}_{self.target.isa}"
 
-    def emit(self) -> str:
+    def emit(self) -> Module:
         """The module's IR text; its entry point is ``entry``."""
         module = Module()
         numeric = Numeric(self.dtype, self.target)
         builder = _Channels(self, module, numeric) if self.orientation == "channels" else _Pixels(self, module, numeric)
         emit_entry(module, ARGUMENTS, [("pack_tasks", builder.pack_stage), ("tasks", builder.compute_stage)])
-        return str(module)
+        return module
 
 
 def load_phase(f: Function, phase: Value) -> dict[str, Value]:

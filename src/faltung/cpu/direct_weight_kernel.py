@@ -85,7 +85,7 @@ class DirectWeightKernel:
     def layout(self) -> str:
         return "inner" if self.format == "nhwc" else "outer"
 
-    def emit(self) -> str:
+    def emit(self) -> Module:
         """The module's IR text; its entry point is ``entry``."""
         module = Module()
         builder = _Builder(self, module, Numeric(self.dtype, self.target))
@@ -93,7 +93,7 @@ class DirectWeightKernel:
         if not self.single:
             stages.append(("finish_tasks", builder.finish_stage))
         emit_entry(module, ARGUMENTS, stages)
-        return str(module)
+        return module
 
 
 class _Builder:

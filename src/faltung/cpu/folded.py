@@ -49,13 +49,13 @@ class FoldKernel:
     def name(self) -> str:
         return f"fold_{self.dtype}_{self.format}_{self.target.isa}"
 
-    def emit(self) -> str:
+    def emit(self) -> Module:
         """The module's IR text; its entry point is ``entry``."""
         module = Module()
         numeric = Numeric(self.dtype, self.target)
         stage = _fold_planes if self.format == "nchw" else _fold_rows
         emit_entry(module, ARGUMENTS, [("tasks", lambda f, task: stage(f, task, numeric))])
-        return str(module)
+        return module
 
 
 def _each(f: Function, starts: Value, sources: Value, index: Value, body: Callable[[Value, Value], Value], first: Value) -> Value:

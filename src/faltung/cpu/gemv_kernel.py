@@ -54,13 +54,13 @@ class GemvKernel:
         """Rows of the weight that a task takes at a time."""
         return 8 if self.target.registers >= 32 else 4
 
-    def emit(self) -> str:
+    def emit(self) -> Module:
         """The module's IR text; its entry point is ``entry``."""
         module = Module()
         numeric = Numeric(self.dtype, self.target)
         stage = {"forward": _forward, "grad_input": _grad_input, "grad_weight": _grad_weight}[self.direction]
         emit_entry(module, ARGUMENTS, [("tasks", lambda f, task: stage(self, module, numeric, f, task))])
-        return str(module)
+        return module
 
 
 def _written(numeric: Numeric) -> Numeric:

@@ -94,12 +94,12 @@ class GroupedKernel:
         per_vector = max(1, lanes // self.out)
         return Lanes(lanes, self.out, self.source, per_vector + (1 if self.partial else 0), self.unit, self.interleaved)
 
-    def emit(self) -> str:
+    def emit(self) -> Module:
         """The module's IR text; its entry point is ``entry``."""
         module = Module()
         builder = _Builder(self, module, Numeric(self.dtype, self.target))
         emit_entry(module, ARGUMENTS, [("pack_tasks", builder.pack_stage), ("tasks", builder.compute_stage)])
-        return str(module)
+        return module
 
 
 def emit_channel(f: Function, numeric: Numeric, lanes: Lanes, place: Value, j: int) -> Value:

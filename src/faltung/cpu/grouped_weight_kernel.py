@@ -96,12 +96,12 @@ class GroupedWeightKernel:
         lanes = Numeric(self.dtype, self.target).lanes
         return Lanes(lanes, self.out, self.source, lanes // self.out + (1 if self.partial else 0), self.unit, self.interleaved)
 
-    def emit(self) -> str:
+    def emit(self) -> Module:
         """The module's IR text; its entry point is ``entry``."""
         module = Module()
         builder = _Builder(self, module, Numeric(self.dtype, self.target))
         emit_entry(module, ARGUMENTS, [("tasks", builder.main_stage), ("finish_tasks", builder.finish_stage)])
-        return str(module)
+        return module
 
 
 def _emit_pass(module: Module, numeric: Numeric, lanes: Lanes, kind: Pass, sizes: tuple[int, ...]) -> Function:

@@ -35,7 +35,7 @@ class LayKernel:
     def name(self) -> str:
         return f"lay_{self.dtype}{'_t' if self.transposed else ''}{'_back' if self.back else ''}_{self.target.isa}"
 
-    def emit(self) -> str:
+    def emit(self) -> Module:
         """The module's IR text; its entry point is ``entry``."""
         module, numeric = Module(), Numeric(self.dtype, self.target)
         lanes, sizes = numeric.lanes, (numeric.memory_bytes, numeric.compute_bytes)
@@ -68,7 +68,7 @@ class LayKernel:
             return body
 
         emit_entry(module, ARGUMENTS, [("tasks", stage)])
-        return str(module)
+        return module
 
 
 @dataclass(frozen=True)

@@ -90,7 +90,7 @@ FITTED = {"near": 62.0, "far": 27.0, "memory": 11.0, "fork": 2500.0}
 _ARGUMENTS = ArgumentBlock(("fma_tasks", "read_tasks", "count", "share"))
 
 
-def _emit(target: Target) -> str:
+def _emit(target: Target) -> Module:
     module, numeric = Module(), Numeric("f32", target)
     size = numeric.lanes * numeric.compute_bytes
 
@@ -119,7 +119,7 @@ def _emit(target: Target) -> str:
         return body
 
     emit_entry(module, _ARGUMENTS, [("fma_tasks", multiply), ("read_tasks", read)])
-    return str(module)
+    return module
 
 
 def measure(target: Target, threads: int) -> Machine:

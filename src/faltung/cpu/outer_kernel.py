@@ -78,13 +78,13 @@ class OuterKernel:
         flags = "".join(letter for letter, set_ in zip("rvmg", (self.narrow_rows, self.narrow_vectors, self.masked, self.gathered)) if set_)
         return f"outer_{self.dtype}_{self.format}_{self.rows}x{self.vectors}{flags}_{self.target.isa}"
 
-    def emit(self) -> str:
+    def emit(self) -> Module:
         """The module's IR text; its entry point is ``entry``."""
         module = Module()
         builder = _Builder(self, module)
         finish = [("finish_tasks", builder.finish_stage)] if self.gathered else []
         emit_entry(module, ARGUMENTS, [("tasks", builder.stage), *finish])
-        return str(module)
+        return module
 
 
 class _Builder:

@@ -65,12 +65,12 @@ class PlanesKernel:
         flags = "".join(letter for letter, set_ in zip("rvjp", (self.narrow_rows, self.narrow_vectors, self.joined, self.packed)) if set_)
         return f"planes_{self.dtype}_{self.rows}x{self.vectors}{'_' if flags else ''}{flags}_{self.target.isa}"
 
-    def emit(self) -> str:
+    def emit(self) -> Module:
         """The module's IR text; its entry point is ``entry``."""
         module = Module()
         builder = _Builder(self, module, Numeric(self.dtype, self.target))
         emit_entry(module, ARGUMENTS, [("pack_tasks", builder.pack_stage), ("tasks", builder.compute_stage)])
-        return str(module)
+        return module
 
 
 class _Builder:

@@ -55,11 +55,11 @@ class TapsKernel:
         flags = "".join(letter for letter, set_ in zip("vm", (self.narrow, self.masked)) if set_)
         return f"taps_{self.dtype}_{self.rows}x{self.vectors}{'_' + flags if flags else ''}_{self.target.isa}"
 
-    def emit(self) -> str:
+    def emit(self) -> Module:
         """The module's IR text; its entry point is ``entry``."""
         module = Module()
         emit_entry(module, ARGUMENTS, [("tasks", _Builder(self, module).stage)])
-        return str(module)
+        return module
 
 
 class _Builder:

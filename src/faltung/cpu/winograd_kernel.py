@@ -86,7 +86,7 @@ class WinogradKernel:
         direction += "_dilated" if self.dilated else ""
         return f"winograd_F{self.m}{kernel}_{self.dtype}_{direction}_{self.format}_w{self.weight_format}_{self.order}_{panels}"
 
-    def emit(self) -> str:
+    def emit(self) -> Module:
         """The module's IR text; its entry point is ``entry``."""
         module = Module()
         builder = _Builder(self, module)
@@ -95,7 +95,7 @@ class WinogradKernel:
             emit_entry(module, ARGUMENTS, [("filter_tasks", builder.filter_stage), ("tasks", tiles_stage)])
         else:
             emit_entry(module, ARGUMENTS, [("input_tasks", builder.input_stage), ("tasks", builder.filters_stage)])
-        return str(module)
+        return module
 
 
 @dataclass

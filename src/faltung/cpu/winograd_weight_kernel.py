@@ -70,7 +70,7 @@ class WinogradWeightKernel:
         shape = f"{self.rows}x{self.vectors}{'_' + flags if flags else ''}"
         return f"winograd_F{self.m}_{self.dtype}_grad_weight_{self.format}_w{self.weight_format}_{shape}_{self.target.isa}"
 
-    def emit(self) -> str:
+    def emit(self) -> Module:
         """The module's IR text; its entry point is ``entry``."""
         module = Module()
         builder = _Builder(self, module)
@@ -78,7 +78,7 @@ class WinogradWeightKernel:
         if self.bias or not self.single:
             stages.append(("finish_tasks", builder.finish_stage))
         emit_entry(module, ARGUMENTS, stages)
-        return str(module)
+        return module
 
 
 @dataclass
