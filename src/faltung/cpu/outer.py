@@ -57,6 +57,8 @@ _MANY_TAPS = 64  # of kernels that do not overlap, whose pixels are used once ho
 _GROUPED_PIXELS = 392  # AVX-512, groups of at most a vector's lanes: from so many outputs on lanes over groups are faster, 1.2 to 1.5 times at batch 8
 _CROWDED_CHANNELS = 512  # nchw, AVX-512: of y with planes whole pages apart, whose elements, a row's each, meet in one set of the first-level cache
 _CROWDED_PRODUCTS = 100_000_000  # nhwc, AVX-512, of an image: where pixels of x or y are whole pages apart, passes enough for it to matter
+_KIB = 1024  # bytes from a pixel of x to the next, or a multiple: with AVX-512 at full rate, nhwc and 1x1 a piece's lines of a panel meet in few sets
+_KIB_APART, _KIBS_APART = (392, 32), (784, 96)  # outputs of all images and output channels from which packed panels are faster then
 _SMALL = 4096, 96, 16384  # nchw, AVX-512 at full rate: so many weights, output channels and pixels or fewer, whatever is predicted
 _FAR_PIXELS = 2048  # bytes from a pixel to the next: with AVX2, panels of three short vectors of such pixels meet in few sets of the first-level cache
 
@@ -275,7 +277,7 @@ def _refuse(problem: ConvProblem, target: Target) -> None:
     if problem.g > 1 and max(problem.cg, problem.kg) <= lanes and all_pixels >= _GROUPED_PIXELS:
         raise Unsupported("a group's channels fit into a vector: lanes over groups were measured to be faster")
     if _crowded(problem, target):
-        raise Unsupported("planes or pixels are whole pages apart: they meet in one set of the first-level cache")
+        raise Unsupported("planes or pixels are whole pages or KiB apart: they meet in few sets of the first-level cache")
     small = problem.k * problem.cg <= _SMALL[0] and problem.k <= _SMALL[1] and pixels > most and all_pixels <= _SMALL[2] and problem.g == 1
     if small and problem.format == "nchw" and target.full_rate:
         return
@@ -303,6 +305,10 @@ def _crowded(problem: ConvProblem, target: Target) -> bool:
         return False
     if problem.format == "nchw":
         return meets_itself(problem.p * problem.q * size) and problem.kg >= _CROWDED_CHANNELS
+    if target.full_rate and problem.r * problem.s == 1 and problem.c * size % _KIB == 0:
+        pixels, rows = _KIB_APART if problem.c * size == _KIB else _KIBS_APART
+        if problem.n * problem.p * problem.q >= pixels and problem.kg >= rows:
+            return True
     return (meets_itself(problem.c * size) or meets_itself(problem.k * size)) and problem.cg * problem.kg * problem.p * problem.q >= _CROWDED_PRODUCTS
 
 
