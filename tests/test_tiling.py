@@ -169,6 +169,19 @@ def test_joined_pixels_are_cut_into_small_tiles_and_many() -> None:
     assert direct.packs_at_use(alone, machine, direct.choose_config(alone, machine, 2, "channels"))
 
 
+@pytest.mark.parametrize("isa", ["avx512", "avx2"])
+def test_many_planes_whole_pages_apart_are_not_written_side_by_side(isa: str) -> None:
+    """Vectors over pixels write a plane's row each, vectors over channels a line of as many planes: slow where these meet in one set of a cache."""
+    for problem, orientation in (
+        ("n1c3h224w224k64r3s3 p1", "pixels"),  # planes of 49 pages
+        ("n1c3h112w112k64r3s3 p1", "channels"),
+        ("grad_input n1c64h64w64k12r3s3 p1", "pixels"),
+        ("n1c3h320w320k3r3s3 p1", "pixels"),  # channels fill no vector
+    ):
+        chosen = direct.choose_config(ConvProblem.parse(problem), target.TARGETS[isa], 2)
+        assert chosen.orientation == orientation, problem
+
+
 def test_depthwise_tasks_take_whole_pixels_where_threads_are_not_idle() -> None:
     """nhwc with AVX-512 at full rate: up to 32 vectors of channels side by side, 64 where tasks are left for every thread."""
     machine = replace(target.TARGETS["avx512"], l2=2 << 20)

@@ -23,7 +23,7 @@ from .geometry import Axis, axes
 from .pack import step_kind
 from .plan import CpuPlan
 from .target import Target
-from .tile import PAGE, Tile, align, pitches, row_pitch, weight_strides
+from .tile import PAGE, Tile, align, meets_itself, pitches, row_pitch, weight_strides
 from .tiling import Block, choose_block, least_cycles, piece_length, split_count, tile_candidates, useful_threads
 
 __all__ = ["DIRECT", "Direct", "DirectConfig", "choose_config", "elements_apart", "offered_configs", "packs_at_use"]
@@ -34,6 +34,7 @@ _PAIR_ROW_CYCLES = 1 / 64  # a row of a pair's tile comes from the second-level 
 _PAIR_LATENCY = 9.0  # measured: blocks of 12 sums run at three quarters of the speed of blocks of 21
 _PIXELS = 1.06  # nhwc: rows are channels there, and cost nothing; the other orientation pays for them, and the balance was right
 _PAIR_PIXELS = 1.15  # vectors over pixels lose this much more than float32's to the trip of the sums through scratch
+_CROWDED, _CROWDED_STORE = 12, 0.65  # so many planes whole pages apart, whose lines meet in one set of the first-level cache: cycles more to store an element
 _SLACK = 4096
 _PLANE_BYTES = 512 << 10
 _PIXELS_CHUNK = 128
@@ -177,6 +178,10 @@ class _Search:
         self.plain = self.layout == "inner" and (problem.r, problem.s, *problem.stride) == (1, 1, 1, 1)
         # One small image with many channels: as one tile its weights are packed at use, which saves more than the tile, read from the third-level cache, costs.
         self.alone = problem.n == 1 and orientation == "channels" and packed_bytes > target.l2 and not self.pairs
+        rows_out, columns_out = roles.out_size
+        crowded = meets_itself(rows_out * columns_out * numeric.memory_bytes) and self.out_channels >= _CROWDED
+        self.store = 0.5 if problem.format == "nhwc" else 2.0 + (_CROWDED_STORE * self.lanes if crowded else 0.0)
+        """Cycles to store a vector of channels, in nchw by transposition."""
         self.least = 0.0 if orientation == "channels" else least_cycles(target, (self.out_channels,), _PIXELS_CHUNK)
 
     def fits(self, tile_p: int, tile_q: int) -> bool:
@@ -222,7 +227,7 @@ class _Search:
             block = choose_block(self.target, columns.counts, self.out_vectors, 192, round_vectors=False, piece=self.chunk, **costs)
             # The block was chosen for the distinct counts of columns; a row of a tile has the mean one.
             per_step = block.cycles * (self.column_count / columns.tiles) / sum(columns.counts) * mean_rows
-            store = mean_rows * columns.tile * self.phases * self.out_vectors * (2.0 if nchw else 0.5)
+            store = mean_rows * columns.tile * self.phases * self.out_vectors * self.store
             panels = -(-self.out_vectors // block.vectors)
         else:
             pixels = (rows.tile - 1) * columns.row_pitch + columns.tile
