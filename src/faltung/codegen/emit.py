@@ -311,6 +311,10 @@ class Function:
         self._entry.append(f"  {name} = alloca [{byte_count} x i8], align {align}")
         return Value(self, name, "ptr")
 
+    def reserve(self, byte_count: Value, align: int = 64) -> Value:
+        """Memory on the stack, of a size known when the code runs, for the rest of the call; not in a loop."""
+        return self.define("ptr", f"alloca i8, {byte_count}, align {align}", "stack")
+
     # -- floating point and vectors
 
     def arithmetic(self, operation: str, left: Value, right: Value) -> Value:
@@ -401,6 +405,10 @@ class Function:
         """The address of an emitted function, which becomes a part of this one."""
         self.own(function)
         return Value(self, f"@{function.name}", "ptr")
+
+    def load_shared(self, pointer: Value) -> Value:
+        """An integer that other threads change meanwhile."""
+        return self.define("i64", f"load atomic i64, {pointer} monotonic, align 8")
 
     def fetch_add(self, pointer: Value, amount: int) -> Value:
         return self.define("i64", f"atomicrmw add {pointer}, i64 {amount} monotonic")

@@ -1,7 +1,12 @@
 """The frame of a kernel: its constant arguments in one block of integers, its entry point, and tasks shared out among threads.
 
 A kernel's entry point takes the address of its argument block, four operand addresses and a workspace.  It runs *stages* in turn; a stage
-is a range of independent tasks that threads take one by one, so no result depends on which thread computed it.
+is a range of independent tasks, so no result depends on which thread computed it.
+
+Each thread begins with a part of the range of its own, the same in every call, and then helps where tasks are left (work stealing: Blumofe and
+Leiserson, 1999).
+So the lines that it writes are in its own caches already when the layer is called again or the next layer reads them: a line that another core has written
+takes a hundred nanoseconds and more to come over, and where threads took tasks in turn, half of them did, all the time.
 """
 
 from __future__ import annotations
@@ -21,7 +26,8 @@ ENTRY_ARGUMENTS = 6
 _FIXED = ("gomp_parallel", "thread_number", "threads")
 THREADS = _FIXED.index("threads")
 """Index of the number of threads in every argument block."""
-_CONTEXT = ("block", *OPERANDS, "workspace", "next")
+_CONTEXT = ("block", *OPERANDS, "workspace", "parts", "counters")
+_COUNTER_BYTES = 64  # a line for each thread's part
 
 
 class ArgumentBlock:
@@ -59,9 +65,9 @@ class ArgumentBlock:
 class Task:
     """What the body of a stage sees: arguments by name (``task["h"]``), operands (``task.operand("out")``), workspace, thread number."""
 
-    def __init__(self, f: Function, arguments: ArgumentBlock, context: Value, thread: Value) -> None:
+    def __init__(self, f: Function, arguments: ArgumentBlock, context: Value, thread: Value, count: str) -> None:
         self.f, self._arguments, self._context = f, arguments, context
-        self.thread = thread
+        self.thread, self._count = thread, count
         self._block = f.to_pointer(f.load(context))
         self._loaded: dict[str, Value] = {}
 
@@ -85,6 +91,10 @@ class Task:
     def workspace(self) -> Value:
         return self.operand("workspace")
 
+    def after(self, index: Value) -> Value:
+        """The task that this thread is likely to compute after ``index``, for what is asked for ahead."""
+        return self.f.minimum(index + 1, self[self._count] - 1)
+
 
 Body = Callable[[Function, Task, Value], None]
 """Emits one task: ``body(function, task, index)``."""
@@ -100,15 +110,22 @@ def emit_entry(module: Module, arguments: ArgumentBlock, stages: Sequence[tuple[
     f = module.function("entry", [("i64", "block"), *(("i64", name) for name in OPERANDS), ("i64", "workspace")], public=True)
     f.own(workers[-1][0])  # as good as never the same in two kernels
     context = f.stack(8 * len(_CONTEXT))
-    for i, name in enumerate(_CONTEXT[:-1]):
+    for i, name in enumerate(_CONTEXT[:-2]):
         f.store(f[name], context + 8 * i)
     block = f.to_pointer(f["block"])
     threads = arguments.load(f, block, "threads")
     parallel = f.to_pointer(arguments.load(f, block, "gomp_parallel"))
+    counters = f.reserve(threads * _COUNTER_BYTES)
+    f.store(f.cast("ptrtoint", counters, "i64"), context + 8 * _CONTEXT.index("counters"))
     for (count, _), (worker, adapter) in zip(stages, workers):
-        f.store(f.value(0), context + 8 * (len(_CONTEXT) - 1))
         tasks = arguments.load(f, block, count)
         wanted = f.minimum(threads, tasks)
+        f.store(wanted, context + 8 * _CONTEXT.index("parts"))
+
+        def begin(part: Value, tasks: Value = tasks, wanted: Value = wanted) -> None:
+            f.store(tasks * part // wanted, counters + part * _COUNTER_BYTES)
+
+        f.loop(0, wanted, 1, begin)
 
         def alone(worker: Function = worker) -> None:
             f.call(worker, [context, f.value(0)])
@@ -125,18 +142,24 @@ def _emit_worker(
     module: Module, arguments: ArgumentBlock, index: int, count: str, prologue: Callable[[Function, Task], Callable[[Value], None]]
 ) -> tuple[Function, Function]:
     f = module.function(f"stage{index}", [("ptr", "context"), ("i64", "thread")])
-    task = Task(f, arguments, f["context"], f["thread"])
-    total = task[count]
+    task = Task(f, arguments, f["context"], f["thread"], count)
+    total, parts, counters = task[count], f.load(f["context"] + 8 * _CONTEXT.index("parts")), task.operand("counters")
     body = prologue(f, task)
-    counter = f["context"] + 8 * (len(_CONTEXT) - 1)
 
-    def turn(_: Value, current: Value) -> list[Value]:
-        body(current)
-        return [f.fetch_add(counter, 1)]
+    def turn(k: Value) -> None:
+        """What is left of the part of thread ``thread + k``."""
+        part = f["thread"] + k
+        part = f.select(part < parts, part, part - parts)
+        stop, counter = total * (part + 1) // parts, counters + part * _COUNTER_BYTES
+        with f.when(f.load_shared(counter) < stop):
 
-    # At most `total` turns; the loop ends early once the shared counter has passed the last task.
-    head = f.fetch_add(counter, 1)
-    _loop_while(f, head, total, turn)
+            def one(_: Value, current: Value) -> list[Value]:
+                body(current)
+                return [f.fetch_add(counter, 1)]
+
+            _loop_while(f, f.fetch_add(counter, 1), stop, one)
+
+    f.loop(0, parts, 1, turn)
     f.ret()
     adapter = module.function(f"stage{index}_thread", [("ptr", "context")])
     block = adapter.to_pointer(adapter.load(adapter["context"]))

@@ -222,7 +222,7 @@ def _image(f: Function, task: Task, spec: Spec, load_planes: Function, flush: Fu
     f.call(load_planes, [source, scratch, task["source_pixels"], lane0, task["lanes_total"], task["multiplier"], task["source_channel"]])
     place = _Place(scratch, scratch, out, zero, zero, vector, f.value(1), zero)
     # What this thread most likely transposes next: neighbours in memory that it reads in an order no hardware foresees.
-    after = f.minimum(index + task["threads"], task["tiles"] - 1)
+    after = task.after(index)
     ahead = task.operand("source") + after // task["vectors_total"] * task["source_image"]
     ahead = ahead + (after % task["vectors_total"] * spec.lanes.numeric.lanes) // task["multiplier"] * task["source_channel"]
     share = (task["source_channel"] * spec.lanes.numeric.lanes) // task["row_count"]

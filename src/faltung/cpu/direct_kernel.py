@@ -351,8 +351,9 @@ class _Channels(TileBuilder):
         lines = phase["columns"] * task["tile_column"] // 64
         total = (t["last_panel"] - t["first_panel"]) * phase["count"] * pieces
         position = terms * pieces + steps - f.maximum(total - lines, 0)
-        following = t["tile"] + f.maximum(task["threads"] // task["k_blocks"], 1) * task["tile_q"] * task["tile_column"]
-        return f.select(position >= 0, following + position * 64, otherwise)
+        following = t["tile"] + task["tile_q"] * task["tile_column"]
+        ends = f.select(t["last_panel"] < task["panels"], f.value(-1), position)  # the next task has another tile
+        return f.select(ends >= 0, following + position * 64, otherwise)
 
 
 class _Pixels(TileBuilder):

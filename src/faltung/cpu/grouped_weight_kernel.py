@@ -181,8 +181,7 @@ class _Builder:
 
         def body(index: Value) -> None:
             t = self.place(f, task, index)
-            # Tasks are taken in turn by threads that work at one speed: most often the next one is this thread's.
-            after = self.place(f, task, f.minimum(index + task["threads"], task["tasks"] - 1))
+            after = self.place(f, task, task.after(index))
 
             def tile(index: Value) -> None:
                 fresh, more_tiles = index.equals(t["first_tile"]), index + 1 < t["last_tile"]

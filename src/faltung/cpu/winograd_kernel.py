@@ -218,7 +218,7 @@ class _Builder(Panels):
                     sizes = [last - first, task["source_channels"] * self.components, f.value(1), task["chunk"], task["v_point"], task["v_pitch"]]
                     out = task.operand("out") + panel.start * task["out_channel"]
                     block = f.to_pointer(f.load(f["context"]))
-                    ahead = f.minimum(first + task["block_tiles"] * task["threads"], task["tiles"] - task["block_tiles"])
+                    ahead = f.minimum(first + task["block_tiles"], task["tiles"] - task["block_tiles"])
                     wide = f.value(0) if self.kernel.few else f.select(i.equals(first_panel), task["source_channels"] * self.numeric.memory_bytes, f.value(0))
                     touch = [block, out, task.operand("source"), first, f.maximum(ahead, 0), wide]
                     self.call_multiply(f, task, panel, v, u, m, sizes, touch)
