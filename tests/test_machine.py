@@ -75,6 +75,34 @@ def test_the_rates_are_measured_once(folder: Path, monkeypatch: pytest.MonkeyPat
         assert machines.machine().stream == 1e9
 
 
+def test_a_busy_machine_is_measured_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What interrupts a measurement only worsens it: the better of each rate is kept, and after four turns what there is is believed."""
+    busy = replace(REFERENCE, cycle=2 * REFERENCE.cycle, near=1.9 * REFERENCE.near, fork=20 * REFERENCE.fork)
+    better = replace(REFERENCE, stream=REFERENCE.stream / 2, fork=9 * REFERENCE.fork)
+    assert busy.doubtful
+    assert better.doubtful
+    assert not REFERENCE.doubtful
+    measured = []
+
+    def process(found: Machine) -> Machine:
+        machines.machine.cache_clear()
+        machines._store.clear()
+        monkeypatch.setattr(machines, "measure", lambda target, threads: measured.append(found) or found)
+        return machines.machine()
+
+    assert process(busy) == busy
+    for found, expected in ((better, replace(better, stream=REFERENCE.stream)), (REFERENCE, REFERENCE), (busy, REFERENCE)):
+        assert astuple(process(found)) == pytest.approx(astuple(expected), rel=1e-12)
+    assert measured == [busy, better, REFERENCE]
+
+    for path in folder.glob("machine-*.json"):
+        path.unlink()
+    measured.clear()
+    for _ in range(6):
+        assert process(busy) == busy
+    assert len(measured) == 4
+
+
 def test_noise_changes_no_rate() -> None:
     assert REFERENCE.rates == Rates()
     noisy = replace(REFERENCE, near=REFERENCE.near * 1.3, far=REFERENCE.far / 1.3, memory=REFERENCE.memory / 1.9, fork=REFERENCE.fork * 1.9)

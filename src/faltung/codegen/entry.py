@@ -7,6 +7,9 @@ Each thread begins with a part of the range of its own, the same in every call, 
 Leiserson, 1999).
 So the lines that it writes are in its own caches already when the layer is called again or the next layer reads them: a line that another core has written
 takes a hundred nanoseconds and more to come over, and where threads took tasks in turn, half of them did, all the time.
+
+For the same reason a first stage that makes little (packed weights) may be each thread's own: with ``front_pitch``, every thread runs all of its tasks into a
+part of the workspace of its own, at the start of the second stage.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ __all__ = ["ENTRY_ARGUMENTS", "OPERANDS", "THREADS", "ArgumentBlock", "Task", "e
 
 OPERANDS = ("source", "other", "bias", "out")
 ENTRY_ARGUMENTS = 6
-_FIXED = ("gomp_parallel", "thread_number", "threads")
+_FIXED = ("gomp_parallel", "thread_number", "threads", "front_pitch")
 THREADS = _FIXED.index("threads")
 """Index of the number of threads in every argument block."""
 _CONTEXT = ("block", *OPERANDS, "workspace", "parts", "counters")
@@ -39,10 +42,13 @@ class ArgumentBlock:
         if len(self._index) != len(self.names):
             raise ValueError("an argument's name stands twice")
 
-    def pack(self, threads: int, values: dict[str, int]) -> npt.NDArray[np.int64]:
-        """The block for ``threads`` threads; raises KeyError for a missing or unknown name."""
+    def pack(self, threads: int, values: dict[str, int], front_pitch: int = 0) -> npt.NDArray[np.int64]:
+        """The block for ``threads`` threads; raises KeyError for a missing or unknown name.
+
+        ``front_pitch``: bytes between what the threads' own first stages make, 0 where they share one; for kernels that are emitted so.
+        """
         parallel, number = openmp_addresses() if threads > 1 else (0, 0)
-        every = {**values, "gomp_parallel": parallel, "thread_number": number, "threads": threads if parallel else 1}
+        every = {**values, "gomp_parallel": parallel, "thread_number": number, "threads": threads if parallel else 1, "front_pitch": front_pitch}
         if set(every) != set(self.names):
             raise KeyError(f"arguments {sorted(set(every) ^ set(self.names))} are missing or unknown")
         return np.array([every[name] for name in self.names], dtype=np.int64)
@@ -63,13 +69,14 @@ class ArgumentBlock:
 
 
 class Task:
-    """What the body of a stage sees: arguments by name (``task["h"]``), operands (``task.operand("out")``), workspace, thread number."""
+    """What the body of a stage sees: arguments by name (``task["h"]``), operands (``task.operand("out")``), workspace, scratch, thread number."""
 
-    def __init__(self, f: Function, arguments: ArgumentBlock, context: Value, thread: Value, count: str) -> None:
+    def __init__(self, f: Function, arguments: ArgumentBlock, context: Value, thread: Value, count: str, *, own_front: bool) -> None:
         self.f, self._arguments, self._context = f, arguments, context
         self.thread, self._count = thread, count
         self._block = f.to_pointer(f.load(context))
         self._loaded: dict[str, Value] = {}
+        self._front = self.operand("workspace") + thread * self["front_pitch"] if own_front else None
 
     def prepare(self, names: Sequence[str]) -> None:
         """Load arguments now, outside the loop over tasks."""
@@ -89,7 +96,13 @@ class Task:
 
     @property
     def workspace(self) -> Value:
-        return self.operand("workspace")
+        """Where stages leave what later ones need; of the thread's own where the first stage is."""
+        return self.operand("workspace") if self._front is None else self._front
+
+    @property
+    def scratch(self) -> Value:
+        """What only this thread uses."""
+        return self.operand("workspace") + self["scratch_at"] + self.thread * self["scratch_size"]
 
     def after(self, index: Value) -> Value:
         """The task that this thread is likely to compute after ``index``, for what is asked for ahead."""
@@ -100,15 +113,26 @@ Body = Callable[[Function, Task, Value], None]
 """Emits one task: ``body(function, task, index)``."""
 
 
-def emit_entry(module: Module, arguments: ArgumentBlock, stages: Sequence[tuple[str, Callable[[Function, Task], Callable[[Value], None]]]]) -> None:
+def emit_entry(
+    module: Module,
+    arguments: ArgumentBlock,
+    stages: Sequence[tuple[str, Callable[[Function, Task], Callable[[Value], None]]]],
+    *,
+    own_first: bool = False,
+) -> None:
     """Emit the public function ``entry``.
 
     ``stages`` are ``(count, prologue)``: the name of the argument that holds the stage's number of tasks, and a function
-    ``prologue(f, task)`` that emits what is done once a thread and returns ``body(index)``, which emits one task.
+    ``prologue(f, task)`` that emits what is done once a thread and returns ``body(index)``, which emits one task.  ``own_first``: of two stages
+    the first may be each thread's own (it has no scratch, then).
     """
-    workers = [_emit_worker(module, arguments, i, count, prologue) for i, (count, prologue) in enumerate(stages)]
+    workers = [_emit_worker(module, arguments, i, *stage, own_front=own_first and i > 0) for i, stage in enumerate(stages)]
     f = module.function("entry", [("i64", "block"), *(("i64", name) for name in OPERANDS), ("i64", "workspace")], public=True)
-    f.own(workers[-1][0])  # as good as never the same in two kernels
+    f.own(workers[-1])  # as good as never the same in two kernels
+    if own_first:
+        workers[1] = _emit_own_first(module, arguments, *workers)
+        f.own(workers[1])
+    adapters = [_emit_adapter(module, arguments, i, worker) for i, worker in enumerate(workers)]
     context = f.stack(8 * len(_CONTEXT))
     for i, name in enumerate(_CONTEXT[:-2]):
         f.store(f[name], context + 8 * i)
@@ -116,33 +140,38 @@ def emit_entry(module: Module, arguments: ArgumentBlock, stages: Sequence[tuple[
     threads = arguments.load(f, block, "threads")
     parallel = f.to_pointer(arguments.load(f, block, "gomp_parallel"))
     counters = f.reserve(threads * _COUNTER_BYTES)
-    f.store(f.cast("ptrtoint", counters, "i64"), context + 8 * _CONTEXT.index("counters"))
-    for (count, _), (worker, adapter) in zip(stages, workers):
-        tasks = arguments.load(f, block, count)
+    _set(f, context, "counters", f.cast("ptrtoint", counters, "i64"))
+
+    def stage(index: int) -> None:
+        tasks, worker, adapter = arguments.load(f, block, stages[index][0]), workers[index], adapters[index]
         wanted = f.minimum(threads, tasks)
-        f.store(wanted, context + 8 * _CONTEXT.index("parts"))
+        _set(f, context, "parts", wanted)
+        f.loop(0, wanted, 1, lambda part: f.store(tasks * part // wanted, counters + part * _COUNTER_BYTES))
 
-        def begin(part: Value, tasks: Value = tasks, wanted: Value = wanted) -> None:
-            f.store(tasks * part // wanted, counters + part * _COUNTER_BYTES)
+        def together() -> None:
+            f.call(parallel.text, [f.address_of(adapter), context, f.cast("trunc", wanted, "i32"), f.value(0, "i32")])
 
-        f.loop(0, wanted, 1, begin)
+        f.branch(wanted > 1, together, lambda: f.call(worker, [context, f.value(0)]))
 
-        def alone(worker: Function = worker) -> None:
-            f.call(worker, [context, f.value(0)])
-
-        def together(adapter: Function = adapter, wanted: Value = wanted) -> None:
-            number = f.cast("trunc", wanted, "i32")
-            f.call(parallel.text, [f.address_of(adapter), context, number, f.value(0, "i32")])
-
-        f.branch(wanted > 1, together, alone)
+    for i in range(len(stages)):
+        if i == 0 and own_first:
+            with f.when(arguments.load(f, block, "front_pitch").equals(0)):
+                stage(i)
+        else:
+            stage(i)
     f.ret()
 
 
+def _set(f: Function, context: Value, name: str, value: Value) -> None:
+    f.store(value, context + 8 * _CONTEXT.index(name))
+
+
 def _emit_worker(
-    module: Module, arguments: ArgumentBlock, index: int, count: str, prologue: Callable[[Function, Task], Callable[[Value], None]]
-) -> tuple[Function, Function]:
+    module: Module, arguments: ArgumentBlock, index: int, count: str, prologue: Callable[[Function, Task], Callable[[Value], None]], *, own_front: bool
+) -> Function:
+    """``stage(context, thread)``: what one thread does in a stage."""
     f = module.function(f"stage{index}", [("ptr", "context"), ("i64", "thread")])
-    task = Task(f, arguments, f["context"], f["thread"], count)
+    task = Task(f, arguments, f["context"], f["thread"], count, own_front=own_front)
     total, parts, counters = task[count], f.load(f["context"] + 8 * _CONTEXT.index("parts")), task.operand("counters")
     body = prologue(f, task)
 
@@ -161,14 +190,38 @@ def _emit_worker(
 
     f.loop(0, parts, 1, turn)
     f.ret()
-    adapter = module.function(f"stage{index}_thread", [("ptr", "context")])
-    block = adapter.to_pointer(adapter.load(adapter["context"]))
-    number = adapter.to_pointer(arguments.load(adapter, block, "thread_number"))
-    thread = adapter.call(number.text, [], "i32")
+    return f
+
+
+def _emit_own_first(module: Module, arguments: ArgumentBlock, first: Function, second: Function) -> Function:
+    """The second stage, with all tasks of the first one before it where that is each thread's own."""
+    f = module.function("own_first", [("ptr", "context"), ("i64", "thread")])
+    context, thread = f["context"], f["thread"]
+    front = arguments.load(f, f.to_pointer(f.load(context)), "front_pitch")
+    own, counter = f.stack(8 * len(_CONTEXT)), f.stack(8)
+    with f.when(front > 0):
+        for i in range(len(_CONTEXT)):
+            f.store(f.load(context + 8 * i), own + 8 * i)
+        _set(f, own, "workspace", f.load(own + 8 * _CONTEXT.index("workspace")) + thread * front)
+        _set(f, own, "parts", f.value(1))
+        _set(f, own, "counters", f.cast("ptrtoint", counter, "i64"))
+        f.store(f.value(0), counter)
+        f.call(first, [own, f.value(0)])
+    f.call(second, [context, thread])
+    f.ret()
+    return f
+
+
+def _emit_adapter(module: Module, arguments: ArgumentBlock, index: int, worker: Function) -> Function:
+    """What the runtime's threads call, with the context alone."""
+    f = module.function(f"stage{index}_thread", [("ptr", "context")])
+    block = f.to_pointer(f.load(f["context"]))
+    number = f.to_pointer(arguments.load(f, block, "thread_number"))
+    thread = f.call(number.text, [], "i32")
     assert thread is not None
-    adapter.call(f, [adapter["context"], adapter.cast("sext", thread, "i64")])
-    adapter.ret()
-    return f, adapter
+    f.call(worker, [f["context"], f.cast("sext", thread, "i64")])
+    f.ret()
+    return f
 
 
 def _loop_while(f: Function, first: Value, stop: Value, turn: Callable[[Value, Value], list[Value]]) -> None:

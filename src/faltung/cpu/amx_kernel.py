@@ -211,7 +211,7 @@ class _Builder(TileBuilder):
     def pack_piece(self, f: Function, task: Task, group: Value, start: Value, width: Value, target: Value, offsets: Value, count: Value) -> None:
         """Pack a panel: blocks of channels by way of rows of float32 in this thread's scratch."""
         pairs, total, table = task["pairs"], task["terms"], f.to_pointer(offsets)
-        rows = task.workspace + task["scratch_at"] + task.thread * task["scratch_size"]
+        rows = task.scratch
         steps, line = self.steps(task, count), width * 4
         taps = steps // task["channel_blocks"]
         source = task.operand("other") + group * task["weight_group"] + start * task["weight_pitch"]

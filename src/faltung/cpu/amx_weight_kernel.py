@@ -205,7 +205,7 @@ class _Builder:
         return t
 
     def main_stage(self, f: Function, task: Task) -> Callable[[Value], None]:
-        scratch = task.workspace + task["scratch_at"] + task.thread * task["scratch_size"]
+        scratch = task.scratch
 
         def body(index: Value) -> None:
             share = index % task["shares"]

@@ -6,6 +6,7 @@ nchw, converted for 16-bit types, padded by the tables of indices), and the taps
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -20,21 +21,22 @@ from ..dispatch import Unsupported
 from ..problem import DTYPES, ConvProblem
 from . import target as targets
 from .depthwise_few import plan_few, takes_few
-from .depthwise_geometry import context_rows, lines, predicted_cycles
+from .depthwise_geometry import LinePhase, context_rows, lines, predicted_cycles
 from .depthwise_taps import Reach, emit_taps
 from .depthwise_tile import Lanes, emit_filters, emit_flush, emit_load, emit_load_planes, image_strides, inside, odd_lines
 from .depthwise_tiling import asks_ahead, edges, reach_of, tiling
 from .depthwise_weight import plan_weight
 from .plan import CpuPlan
 from .target import Target
+from .tiling import place_scratch
 
 __all__ = ["DEPTHWISE", "Depthwise"]
 
 ARGUMENTS = ArgumentBlock((
     # stage 0: weights and bias into vectors
-    "pack_tasks", "pack_vectors", "vectors_total", "taps", "kernel_size", "place_table", "bias_at",
+    "pack_tasks", "pack_vectors", "vectors_total", "taps", "kernel_size", "place_table", "bias_at", "at_use",
     # stage 1: tiles
-    "tiles", "chunks", "row_tiles", "col_tiles", "chunk", "tile_rows", "tile_cols", "scratch_at", "scratch_bytes", "out_row_at",
+    "tiles", "chunks", "row_tiles", "col_tiles", "chunk", "tile_rows", "tile_cols", "scratch_at", "scratch_size", "out_row_at",
     "lanes_total", "multiplier", "residues", "pixel", "residue_plane",
     "strip_rows", "ring_table", "row_table", "row_step", "row_context", "row_spacing", "col_table", "col_step", "col_extent", "inside_first", "inside_last",
     "row_phases", "row_phase_table", "col_phase_table", "weight_table", "range_table", "row_count", "col_count", "col_phases", "col_groups",
@@ -87,6 +89,7 @@ def emit_gather(spec: Spec) -> Module:
     """The kernel of ``forward`` and ``grad_input``.
 
     Stage 0, for each vector of lanes: weights to ``[residue][tap][lane]`` in the compute type, taps in the order of the phases; bias to ``[lane]``.
+    With ``at_use``, where one task meets a vector, that task does it.
     Stage 1, for each tile ``(image, rows, columns, chunk of vectors)``: for each output row: load the next source rows into a ring of scratch
     rows, then for each row phase and column phase: blocks of ``block`` pixels times all taps, stored to nhwc memory, or to a scratch row that is
     transposed to nchw.
@@ -98,20 +101,29 @@ def emit_gather(spec: Spec) -> Module:
     flush = emit_flush(module, lanes, "flush_row") if lanes.format == "nchw" else None
     taps = [emit_taps(module, spec.rows, reach, spec.step, spec.spacing, spec.block, spec.bias, spec.ahead, spec.abreast) for reach in spec.columns]
 
+    packing = _emit_pack(module, spec)
+
     def pack(f: Function, task: Task) -> object:
-        return lambda index: _pack(f, task, spec, index)
+        def body(index: Value) -> None:
+            first = index * task["pack_vectors"]
+            f.call(packing, [f["context"], first, f.minimum(first + task["pack_vectors"], task["vectors_total"])])
+
+        return body
 
     def tile(f: Function, task: Task) -> object:
         if planes is not None and flush is not None:
-            return partial(_image, f, task, spec, planes, flush, taps)
-        return lambda index: _tile(f, task, spec, index, loader, flush, taps)
+            return partial(_image, f, task, spec, packing, planes, flush, taps)
+        return lambda index: _tile(f, task, spec, index, packing, loader, flush, taps)
 
-    emit_entry(module, ARGUMENTS, [("pack_tasks", pack), ("tiles", tile)])  # type: ignore[list-item]
+    emit_entry(module, ARGUMENTS, [("pack_tasks", pack), ("tiles", tile)], own_first=True)  # type: ignore[list-item]
     return module
 
 
-def _pack(f: Function, task: Task, spec: Spec, index: Value) -> None:
-    """Weights (and bias) of some vectors: a lane's are one run of memory, blocks of them are transposed.  Lanes behind the last one repeat it."""
+def _emit_pack(module: Module, spec: Spec) -> Function:
+    """``pack_vectors(context, first, last)``: weights (and bias) of some vectors: a lane's are one run of memory, blocks of them are transposed.  Lanes
+    behind the last one repeat it."""
+    f = module.function("pack_vectors", [("ptr", "context"), ("i64", "first"), ("i64", "last")])
+    task = Task(f, ARGUMENTS, f["context"], f.value(0), "pack_tasks", own_front=False)
     numeric, entry = spec.lanes.numeric, spec.lanes.entry_bytes
     count, memory = numeric.lanes, numeric.memory_bytes
     residues, taps, last = task["residues"], task["taps"], task["lanes_total"] - 1
@@ -138,11 +150,12 @@ def _pack(f: Function, task: Task, spec: Spec, index: Value) -> None:
                 values = f.insert(values, numeric.load(f, task.operand("bias") + number * memory, 1), i)
             f.store(values, task.workspace + task["bias_at"] + v * entry)
 
-    first = index * task["pack_vectors"]
-    f.loop(first, f.minimum(first + task["pack_vectors"], task["vectors_total"]), 1, vector)
+    f.loop(f["first"], f["last"], 1, vector)
+    f.ret()
+    return f
 
 
-def _tile(f: Function, task: Task, spec: Spec, index: Value, loader: Function | None, flush: Function | None, taps: list[Function]) -> None:
+def _tile(f: Function, task: Task, spec: Spec, index: Value, packing: Function, loader: Function | None, flush: Function | None, taps: list[Function]) -> None:
     lanes = spec.lanes
     numeric = lanes.numeric
     if lanes.format == "nhwc":  # chunks of channels innermost: neighbours in memory
@@ -158,7 +171,9 @@ def _tile(f: Function, task: Task, spec: Spec, index: Value, loader: Function | 
     vector0 = chunk * task["chunk"]
     start = vector0 * numeric.lanes
     vectors = f.minimum(task["chunk"], task["vectors_total"] - vector0)
-    scratch = task.workspace + task["scratch_at"] + task.thread * task["scratch_bytes"]
+    with f.when(task["at_use"] > 0):
+        f.call(packing, [f["context"], vector0, vector0 + vectors])
+    scratch = task.scratch
     cols = (f.minimum(task["tile_cols"], task["col_count"] - col0) - 1) * task["col_step"] + task["col_extent"] + 1
     first_row, first_col = row0 * task["row_step"], col0 * task["col_step"]
     inside_first, inside_last = task["inside_first"] - first_col, task["inside_last"] - first_col
@@ -211,11 +226,13 @@ class _Place:
     lane0: Value
 
 
-def _image(f: Function, task: Task, spec: Spec, load_planes: Function, flush: Function, taps: list[Function], index: Value) -> None:
+def _image(f: Function, task: Task, spec: Spec, packing: Function, load_planes: Function, flush: Function, taps: list[Function], index: Value) -> None:
     """A whole image of one vector of channels of nchw: transposed to scratch, computed there row by row, transposed back."""
     vector, image = index % task["vectors_total"], index // task["vectors_total"]
+    with f.when(task["at_use"] > 0):
+        f.call(packing, [f["context"], vector, vector + 1])
     lane0, zero = vector * spec.lanes.numeric.lanes, f.value(0)
-    scratch = task.workspace + task["scratch_at"] + task.thread * task["scratch_bytes"]
+    scratch = task.scratch
     out, source = scratch + task["out_row_at"], task.operand("source") + image * task["source_image"]
     to = task.operand("out") + image * task["out_image"]
     f.loop(0, task["plane_bytes"] * spec.lanes.numeric.lanes, 64, lambda at: f.prefetch(to + lane0 * task["plane_bytes"] + at, 2))
@@ -335,6 +352,17 @@ def _places(taps: list[int], size: int) -> npt.NDArray[np.int64]:
     return places
 
 
+def _taps_by_phase(problem: ConvProblem, rows: Sequence[LinePhase], columns: Sequence[LinePhase]) -> tuple[list[int], list[int]]:
+    """The taps of all phases, one phase after the other, and where each begins."""
+    taps: list[int] = []
+    starts: list[int] = []
+    for row in rows:
+        for col in columns:
+            starts.append(len(taps))
+            taps += [r * problem.s + s for r in row.taps for s in col.taps]
+    return taps, starts
+
+
 def _plan_gather(name: str, problem: ConvProblem, threads: int) -> CpuPlan:
     target = targets.target()
     lanes = _lanes(problem, target)
@@ -352,12 +380,7 @@ def _plan_gather(name: str, problem: ConvProblem, threads: int) -> CpuPlan:
     kernel = load(spec.name, target, lambda: emit_gather(spec))
     strides = image_strides("source", problem.format, problem.c if forward else problem.k, rows.size, cols.size, DTYPES[problem.dtype])
     row_bytes = cols.size * lanes.entry_bytes if tile.planes else strides["source_row"]
-    tap_list: list[int] = []
-    weight_starts: list[int] = []
-    for row in rows.phases:
-        for col in phases:
-            weight_starts.append(len(tap_list))
-            tap_list += [r * problem.s + s for r in row.taps for s in col.taps]
+    tap_list, weight_starts = _taps_by_phase(problem, rows.phases, phases)
     groups = [sum(reaches[p] < reach for p in phases) for reach in columns] + [len(phases)]
     first, last = inside(cols, problem.format)
     tables = {
@@ -387,16 +410,18 @@ def _plan_gather(name: str, problem: ConvProblem, threads: int) -> CpuPlan:
     out_row_bytes = (tile.cols * cols.output_step + numeric.lanes) * entry if problem.format == "nchw" else 0
     if tile.planes:
         out_row_at, out_row_bytes = (rows.size * cols.size + numeric.lanes) * entry, (rows.outputs * cols.outputs + numeric.lanes) * entry
-    scratch_bytes = -(-(out_row_at + out_row_bytes) // 4096) * 4096 + 64
-    scratch_at = -(-(weight_bytes + vectors * entry) // 4096) * 4096
+    scratch_size = -(-(out_row_at + out_row_bytes) // 4096) * 4096 + 64
+    front = -(-(weight_bytes + vectors * entry) // 4096) * 4096
     tiles = (-(-rows.count // tile.rows), -(-cols.count // tile.cols), -(-vectors // tile.vectors))
+    at_use = problem.n * tiles[0] * tiles[1] == 1
+    front_pitch, scratch_at = (0, front) if at_use else place_scratch(front, threads, target)
     values = {key: table.ctypes.data for key, table in tables.items()}
     pack_vectors = max(1, 4096 // (numeric.lanes * residues * max(1, len(tap_list))))
     values |= {
-        "pack_tasks": -(-vectors // pack_vectors), "pack_vectors": pack_vectors, "vectors_total": vectors, "taps": len(tap_list),
-        "kernel_size": problem.r * problem.s, "bias_at": weight_bytes,
+        "pack_tasks": 0 if at_use else -(-vectors // pack_vectors), "pack_vectors": pack_vectors, "at_use": int(at_use), "vectors_total": vectors,
+        "taps": len(tap_list), "kernel_size": problem.r * problem.s, "bias_at": weight_bytes,
         "tiles": problem.n * tiles[0] * tiles[1] * tiles[2], "chunks": tiles[2], "row_tiles": tiles[0], "col_tiles": tiles[1], "chunk": tile.vectors,
-        "tile_rows": tile.rows, "tile_cols": tile.cols, "scratch_at": scratch_at, "scratch_bytes": scratch_bytes, "out_row_at": out_row_at,
+        "tile_rows": tile.rows, "tile_cols": tile.cols, "scratch_at": scratch_at, "scratch_size": scratch_size, "out_row_at": out_row_at,
         "lanes_total": total, "multiplier": problem.kg, "residues": residues, "pixel": pixel, "residue_plane": plane,
         "strip_rows": strip, "row_step": rows.step, "row_context": context_rows(rows), "row_spacing": rows.spacing,
         "col_step": cols.step, "col_extent": cols.extent, "inside_first": first, "inside_last": last,
@@ -411,7 +436,7 @@ def _plan_gather(name: str, problem: ConvProblem, threads: int) -> CpuPlan:
     values |= strides | out | {"source_pixels": rows.size * cols.size, "out_pixels": rows.outputs * cols.outputs, "plane_bytes": out["out_channel"]}
     if tile.planes:  # what is computed on lies in scratch
         values |= {"direct_at": cols.base * entry, "direct_pixel": cols.unit * entry, "out_row": cols.outputs * entry, "out_channel": entry}
-    block = ARGUMENTS.pack(threads, values)
+    block = ARGUMENTS.pack(threads, values, front_pitch)
     predicted = predicted_cycles(problem, numeric.lanes, threads)
     facts = {"tile": (tile.rows, tile.cols), "vectors": tile.vectors, "block": tile.block, "predicted_cycles": predicted}
-    return CpuPlan(problem, name, kernel, block, tuple(tables.values()), scratch_at + threads * scratch_bytes, facts)
+    return CpuPlan(problem, name, kernel, block, tuple(tables.values()), scratch_at + threads * scratch_size, facts)

@@ -23,7 +23,7 @@ from .geometry import padded_index
 from .plan import CpuPlan
 from .target import Target
 from .tile import align, odd_lines, pitches
-from .tiling import useful_threads
+from .tiling import place_scratch, useful_threads
 
 __all__ = ["plan_few", "takes_few"]
 
@@ -81,7 +81,7 @@ class _Kernel:
         to scratch, with their padding; then for each output row, block of elements: all taps.
         """
         module = Module()
-        emit_entry(module, ARGUMENTS, [("pack_tasks", self._pack), ("tasks", self._stage)])
+        emit_entry(module, ARGUMENTS, [("pack_tasks", self._pack), ("tasks", self._stage)], own_first=True)
         return module
 
     @property
@@ -114,7 +114,7 @@ class _Kernel:
         return body
 
     def _stage(self, f: Function, task: Task) -> Callable[[Value], None]:
-        scratch = task.workspace + task["scratch_at"] + task.thread * task["scratch_size"]
+        scratch = task.scratch
 
         def body(index: Value) -> None:
             tile, image = index % task["row_tiles"], index // task["row_tiles"]
@@ -226,7 +226,10 @@ def plan_few(name: str, problem: ConvProblem, threads: int) -> CpuPlan:
     row_tiles = -(-out_size[0] // tile_rows)
     taps = problem.r * problem.s
     bias_at = taps * entry
-    scratch_at, scratch_size = align(bias_at + entry, 4096), align((tile_rows + context) * row_pitch, 4096) + 64
+    predicted = predicted_cycles(problem, numeric.lanes, threads)
+    threads = useful_threads(threads, predicted * threads, target)
+    front_pitch, scratch_at = place_scratch(align(bias_at + entry, 4096), threads, target)
+    scratch_size = align((tile_rows + context) * row_pitch, 4096) + 64
     source, out = pitches(problem, forward), pitches(problem, not forward)
     values = {
         "pack_tasks": taps, "channels": channels, "taps": taps, "flipped": int(not forward), "bias_at": bias_at,
@@ -236,8 +239,6 @@ def plan_few(name: str, problem: ConvProblem, threads: int) -> CpuPlan:
         "row_spacing": problem.dilation[0] * row_pitch, "tap_pitch": problem.dilation[1] * channels * size, "context": context,
         "row_table": rows.ctypes.data, "column_table": columns.ctypes.data, "left": left, "width": source_size[1], "right": right,
     }  # fmt: skip
-    predicted = predicted_cycles(problem, numeric.lanes, threads)
-    threads = useful_threads(threads, predicted * threads, target)
     facts = {"tile": (tile_rows, out_size[1]), "block": f"{kernel.repeats}x{period}", "predicted_cycles": predicted}
-    block = ARGUMENTS.pack(threads, values)
+    block = ARGUMENTS.pack(threads, values, front_pitch)
     return CpuPlan(problem, name, load(kernel.name, target, kernel.emit), block, [rows, columns], scratch_at + threads * scratch_size, facts)

@@ -28,7 +28,7 @@ __all__ = ["plan_weight"]
 
 ARGUMENTS = ArgumentBlock((
     "tasks", "chunks", "chunk", "tiles", "slice_tiles", "row_tiles", "col_tiles", "tile_rows", "tile_cols", "vectors_total", "lanes_total", "multiplier",
-    "scratch_at", "scratch_bytes", "gradient_at", "pixel", "gradient_pixel", "gradient_pitch", "strip_rows",
+    "scratch_at", "scratch_size", "gradient_at", "pixel", "gradient_pixel", "gradient_pitch", "strip_rows",
     "ring_table", "gradient_places",
     "row_table", "row_step", "row_context", "row_spacing", "col_table", "col_step", "col_extent", "inside_first", "inside_last",
     "gradient_rows", "gradient_cols", "row_count", "col_count", "row_blocks", "row_groups", "col_blocks", "col_groups",
@@ -106,7 +106,7 @@ def _gather(
     number = index // task["chunks"]
     vector0 = index % task["chunks"] * task["chunk"]
     vectors = f.minimum(task["chunk"], task["vectors_total"] - vector0)
-    scratch = task.workspace + task["scratch_at"] + task.thread * task["scratch_bytes"]
+    scratch = task.scratch
     gradient = scratch + task["gradient_at"]
     sums = task.workspace + (number * task["partial_slice"] + vector0 * task["partial_vector"])
     zero = f.zero(numeric.vector)
@@ -387,7 +387,7 @@ def plan_weight(name: str, problem: ConvProblem, threads: int) -> CpuPlan:
     tables["gradient_places"] = np.arange(tile.strip, dtype=np.int64) * gradient_pitch
     values = {key: table.ctypes.data for key, table in tables.items()}
     gradient_at = pitch * ring
-    scratch_bytes = 64 if edges else -(-(gradient_at + (0 if direct else gradient_pitch * tile.strip)) // 4096) * 4096 + 64
+    scratch_size = 64 if edges else -(-(gradient_at + (0 if direct else gradient_pitch * tile.strip)) // 4096) * 4096 + 64
     tiles = (problem.n, -(-rows.count // tile.rows), -(-cols.count // tile.cols))
     count = tiles[0] * tiles[1] * tiles[2]
     slices, chunks = -(-count // tile.slice_tiles), -(-vectors // tile.vectors)
@@ -397,7 +397,7 @@ def plan_weight(name: str, problem: ConvProblem, threads: int) -> CpuPlan:
     values |= {
         "tasks": slices * chunks, "chunks": chunks, "chunk": tile.vectors, "tiles": count, "slice_tiles": tile.slice_tiles, "row_tiles": tiles[1],
         "col_tiles": tiles[2], "tile_rows": tile.rows, "tile_cols": tile.cols, "vectors_total": vectors, "lanes_total": problem.k,
-        "multiplier": problem.kg, "scratch_at": scratch_at, "scratch_bytes": scratch_bytes, "gradient_at": gradient_at, "pixel": pixel,
+        "multiplier": problem.kg, "scratch_at": scratch_at, "scratch_size": scratch_size, "gradient_at": gradient_at, "pixel": pixel,
         "strip_rows": tile.strip,
         "gradient_pixel": strides["gradient_channel"] if direct else pixel, "gradient_pitch": strides["gradient_row"] if direct else gradient_pitch,
         "row_step": rows.step, "row_context": context_rows(rows), "row_spacing": rows.spacing,
@@ -408,4 +408,4 @@ def plan_weight(name: str, problem: ConvProblem, threads: int) -> CpuPlan:
     values |= x | strides | {"source_at": cols.base * x["source_channel"], "source_pixel": cols.unit * x["source_channel"]}
     facts = {"tile": (tile.rows, tile.cols), "strip": tile.strip, "vectors": tile.vectors, "slices": slices, "block": shape.name}
     facts["predicted_cycles"] = predicted_cycles(problem, numeric.lanes, threads)
-    return CpuPlan(problem, name, kernel, ARGUMENTS.pack(threads, values), tuple(tables.values()), scratch_at + threads * scratch_bytes, facts)
+    return CpuPlan(problem, name, kernel, ARGUMENTS.pack(threads, values), tuple(tables.values()), scratch_at + threads * scratch_size, facts)

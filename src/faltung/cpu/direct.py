@@ -24,7 +24,7 @@ from .pack import step_kind
 from .plan import CpuPlan
 from .target import Target
 from .tile import PAGE, Tile, align, meets_itself, pitches, row_pitch, weight_strides
-from .tiling import Block, choose_block, least_cycles, piece_length, split_count, tile_candidates, useful_threads
+from .tiling import Block, choose_block, least_cycles, piece_length, place_scratch, split_count, tile_candidates, useful_threads
 
 __all__ = ["DIRECT", "Direct", "DirectConfig", "choose_config", "elements_apart", "offered_configs", "packs_at_use"]
 
@@ -306,8 +306,10 @@ def build_plan(problem: ConvProblem, target: Target, threads: int, config: Direc
     tile = Tile(rows, columns, config.layout, channels, size, pitches(problem, roles.forward), config.packed, config.block.rows)
     layout = _Layout(roles, numeric, config, kernel, tile, len(columns.phases))
     phases = _Phases(problem, roles, numeric, layout, tile, rows, columns)
-    values = _values(problem, roles, numeric, config, layout, tile, phases, rows, columns, at_use)
-    block = ARGUMENTS.pack(threads, values)
+    front = 0 if at_use else align(phases.packed_bytes + problem.g * layout.padded * size + 64, PAGE)
+    front_pitch, scratch_at = (0, front) if kept else place_scratch(front, threads, target)
+    values = _values(problem, roles, numeric, config, layout, tile, phases, rows, columns, at_use) | {"scratch_at": scratch_at}
+    block = ARGUMENTS.pack(threads, values, front_pitch)
     facts = {
         "orientation": config.orientation, "block": f"{config.block.rows}x{config.block.vectors}", "tile": f"{config.tile[0]}x{config.tile[1]}",
         "chunk": config.chunk, "tasks": values["tasks"], "predicted_cycles": config.cycles / threads,
@@ -448,7 +450,7 @@ def _values(
         "weight_contiguous": (phases.runs[0] if len(set(phases.runs)) == 1 else 1) if numeric.pairs else int(phases.contiguous),
         "weight_distance": strides[1 if roles.forward else 0], "bias_at": phases.packed_bytes, "bias_group": bias_group,
         "has_bias": int(problem.epilogue.bias and roles.forward),
-        "scratch_at": 0 if at_use else align(phases.packed_bytes + problem.g * bias_group + 64, PAGE), "scratch_size": layout.scratch_size,
+        "scratch_size": layout.scratch_size,
         "start_at": layout.start_at, "c_at": layout.c_at, "c_channel": layout.c_channel, "column_advance": columns.advance,
         "panel_at": layout.panel_at,
     }  # fmt: skip

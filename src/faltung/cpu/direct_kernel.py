@@ -93,7 +93,7 @@ class DirectKernel:
         module = Module()
         numeric = Numeric(self.dtype, self.target)
         builder = _Channels(self, module, numeric) if self.orientation == "channels" else _Pixels(self, module, numeric)
-        emit_entry(module, ARGUMENTS, [("pack_tasks", builder.pack_stage), ("tasks", builder.compute_stage)])
+        emit_entry(module, ARGUMENTS, [("pack_tasks", builder.pack_stage), ("tasks", builder.compute_stage)], own_first=True)
         return module
 
 
@@ -165,7 +165,7 @@ class TileBuilder:
         f.loop(known, width, 1, lambda j: f.store(f.zero(numeric.compute), target + j * size))
 
     def compute_stage(self, f: Function, task: Task) -> Callable[[Value], None]:
-        scratch = task.workspace + task["scratch_at"] + task.thread * task["scratch_size"]
+        scratch = task.scratch
 
         def body(index: Value) -> None:
             t: dict[str, Value] = {"scratch": scratch, "c": scratch + task["c_at"]}

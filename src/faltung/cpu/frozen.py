@@ -39,9 +39,13 @@ class Packing:
     pack: str
     compute: str
 
+    def front_of(self, block: npt.NDArray[np.int64]) -> int:
+        """Bytes of the packed weights of a plan with this argument block; each thread of the plan may have them."""
+        return self.arguments.value(block, "front_pitch") or self.arguments.value(block, "scratch_at")
+
     def bytes_of(self, block: npt.NDArray[np.int64]) -> int:
-        """Memory of the packed weights of a plan with this argument block."""
-        return self.arguments.value(block, "scratch_at") + PAGE
+        """Memory that keeping them takes."""
+        return self.front_of(block) + PAGE
 
 
 def clear(address: int) -> ctypes.c_int64:
@@ -57,7 +61,7 @@ class FrozenPlan:
 
     def __init__(self, plan: CpuPlan, packing: Packing, other: int, bias: int) -> None:
         self._plan, self._packing = plan, packing
-        self._scratch_at = packing.arguments.value(plan.block, "scratch_at")
+        self._front, self._scratch_at = packing.front_of(plan.block), packing.arguments.value(plan.block, "scratch_at")
         self._scratch_bytes = plan.workspace_bytes - self._scratch_at
         self._blocks: dict[int, tuple[int, npt.NDArray[np.int64]]] = {}
         self._packed = np.empty(packing.bytes_of(plan.block), np.uint8)
@@ -77,7 +81,7 @@ class FrozenPlan:
 
     def share(self, other: FrozenPlan) -> bool:
         """Drop the packed weights for those of ``other`` if they are the same, byte for byte."""
-        if self._scratch_at != other._scratch_at or not np.array_equal(self._content(), other._content()):
+        if self._front != other._front or not np.array_equal(self._content(), other._content()):
             return False
         self._packed, self._address = other._packed, other._address
         self._blocks.clear()
@@ -89,10 +93,10 @@ class FrozenPlan:
 
     def _content(self) -> npt.NDArray[np.uint8]:
         start = self._address - self._packed.ctypes.data
-        return self._packed[start : start + self._scratch_at]
+        return self._packed[start : start + self._front]
 
     def _block(self, scratch: int, without: str) -> npt.NDArray[np.int64]:
-        return self._packing.arguments.replaced(self._plan.block, {"scratch_at": scratch - self._address, without: 0})
+        return self._packing.arguments.replaced(self._plan.block, {"scratch_at": scratch - self._address, "front_pitch": 0, without: 0})
 
     def _launch(self, source: int, other: int, bias: int, out: int) -> None:
         scratch, keep = workspace(self._scratch_bytes, self._plan.poison)

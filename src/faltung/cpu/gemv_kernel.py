@@ -201,7 +201,7 @@ def _sum_each(f: Function, vectors: list[Value], lanes: int) -> Value:
 def _grad_input(kernel: GemvKernel, module: Module, numeric: Numeric, f: Function, task: Task) -> Callable[[Value], None]:
     functions = {pixels: _emit_columns(module, numeric, kernel, pixels) for pixels in (kernel.pixels, 1)}
     memory = numeric.memory_bytes
-    scratch = task.workspace + task["scratch_at"] + task.thread * task["scratch_size"]
+    scratch = task.scratch
 
     def body(index: Value) -> None:
         start = index * task["block"]

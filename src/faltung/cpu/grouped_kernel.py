@@ -275,7 +275,7 @@ class _Builder:
         f.loop(0, task["runs"], 1, run)
 
     def compute_stage(self, f: Function, task: Task) -> Callable[[Value], None]:
-        scratch = task.workspace + task["scratch_at"] + task.thread * task["scratch_size"]
+        scratch = task.scratch
 
         def body(index: Value) -> None:
             t = self.place(f, task, index)

@@ -177,7 +177,7 @@ class _Builder:
 
     def main_stage(self, f: Function, task: Task) -> Callable[[Value], None]:
         lanes = self.lanes
-        scratch = task.workspace + task["scratch_at"] + task.thread * task["scratch_size"]
+        scratch = task.scratch
 
         def body(index: Value) -> None:
             t = self.place(f, task, index)

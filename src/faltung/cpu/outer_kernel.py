@@ -254,7 +254,7 @@ class _Builder:
     def transposed(self, f: Function, task: Task, t: dict[str, Value], box: dict[str, Value], source: Value, index: Value, vectors: int) -> None:
         """nchw: one panel, after what the piece reads of it is in scratch, where pixel 0 of x need not be."""
         start = self.start(f, task["wide_panels"], index, self.kernel.vectors) * self.numeric.lanes
-        scratch = task.workspace + task["scratch_at"] + task.thread * task["scratch_size"]
+        scratch = task.scratch
         place = source + start * task["source_channel"] + box["first_pixel"] * self.numeric.compute_bytes
         sizes = [box["last_pixel"] - box["first_pixel"], task["group_channels"] - start, task["source_channel"]]
 

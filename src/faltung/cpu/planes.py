@@ -28,7 +28,7 @@ from .planes_kernel import ARGUMENTS, PACK_TERMS, PlanesKernel
 from .pointwise import POINTWISE, joined
 from .target import Target
 from .tile import PAGE, align, odd_lines, pitches, weight_strides
-from .tiling import Block, choose_block, piece_length, useful_threads
+from .tiling import Block, choose_block, piece_length, place_scratch, useful_threads
 
 __all__ = ["PLANES", "Planes", "PlanesConfig", "offered_configs"]
 
@@ -273,14 +273,17 @@ def _build_plan(problem: ConvProblem, target: Target, threads: int, config: Plan
     held_pieces = min(held_pieces, _CROWDED_PIECES if crowded else _HELD_PIECES)
     sums_at = align(block.rows * block.vectors * target.vector_bytes)
     panels_at = sums_at + (align(held_pieces * block.rows * block.vectors * target.vector_bytes) if summed else 0)
-    scratch_at = align(problem.g * channels * terms * size, PAGE) if packed else 0
+    front = align(problem.g * channels * terms * size, PAGE) if packed else 0
     scratch_size = align(panels_at + held * panel + _SLACK) + 64 * 9
     runs, k_blocks = -(-config.blocks // config.run), -(-pieces // block_pieces)
     by_taps = roles.forward and problem.weight_format == "nhwc"  # the order of the weight's memory
     vector, pack_shares = target.vector_bytes, -(-terms // PACK_TERMS)
+    tasks = problem.n * problem.g * runs * k_blocks
+    workers = min(threads, tasks)
+    front_pitch, scratch_at = place_scratch(front, workers, target)
     values = {
         "pack_tasks": problem.g * pack_shares if packed else 0, "pack_shares": pack_shares,
-        "tasks": problem.n * problem.g * runs * k_blocks, "groups": problem.g, "runs": runs,
+        "tasks": tasks, "groups": problem.g, "runs": runs,
         "run_blocks": config.run, "blocks": config.blocks, "wide_blocks": config.wide_blocks, "held": held, "k_blocks": k_blocks,
         "block_pieces": block_pieces, "pieces": pieces, "wide_pieces": pieces - narrow_pieces, "held_pieces": held_pieces, "pixels": sizes.pixels,
         "source_image": source[0], "source_group": source[1] * roles.source_channels, "source_channel": source[1], "channels": roles.source_channels,
@@ -296,9 +299,9 @@ def _build_plan(problem: ConvProblem, target: Target, threads: int, config: Plan
         "block": f"{block.rows}x{block.vectors}", "chunk": config.chunk, "tasks": values["tasks"], "run": config.run, "held": held,
         "held_pieces": held_pieces, "predicted_cycles": config.cycles / threads,
     }  # fmt: skip
-    workers = min(threads, values["tasks"])
-    loaded = load(kernel.name, target, kernel.emit)
-    return CpuPlan(problem, name, loaded, ARGUMENTS.pack(threads, values), tables, scratch_at + workers * scratch_size, facts, _PACKING if packed else None)
+    loaded, packing_of = load(kernel.name, target, kernel.emit), _PACKING if packed else None
+    block_of_arguments = ARGUMENTS.pack(threads, values, front_pitch)
+    return CpuPlan(problem, name, loaded, block_of_arguments, tables, scratch_at + workers * scratch_size, facts, packing_of)
 
 
 def _tables(sizes: _Sizes) -> list[npt.NDArray[np.generic]]:

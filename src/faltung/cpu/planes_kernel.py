@@ -69,7 +69,7 @@ class PlanesKernel:
         """The module's IR text; its entry point is ``entry``."""
         module = Module()
         builder = _Builder(self, module, Numeric(self.dtype, self.target))
-        emit_entry(module, ARGUMENTS, [("pack_tasks", builder.pack_stage), ("tasks", builder.compute_stage)])
+        emit_entry(module, ARGUMENTS, [("pack_tasks", builder.pack_stage), ("tasks", builder.compute_stage)], own_first=True)
         return module
 
 
@@ -124,7 +124,7 @@ class _Builder:
 
     def compute_stage(self, f: Function, task: Task) -> Callable[[Value], None]:
         def body(index: Value) -> None:
-            t: dict[str, Value] = {"scratch": task.workspace + task["scratch_at"] + task.thread * task["scratch_size"]}
+            t: dict[str, Value] = {"scratch": task.scratch}
             k_block, index = index % task["k_blocks"], index // task["k_blocks"]
             run, index = index % task["runs"], index // task["runs"]
             t["group"], image = index % task["groups"], index // task["groups"]

@@ -14,7 +14,7 @@ from functools import lru_cache
 from .micro import largest_rows
 from .target import Target
 
-__all__ = ["Block", "choose_block", "least_cycles", "piece_length", "split", "split_count", "tile_candidates", "useful_threads"]
+__all__ = ["Block", "choose_block", "least_cycles", "piece_length", "place_scratch", "split", "split_count", "tile_candidates", "useful_threads"]
 
 _CALL_CYCLES = 40.0
 _LATENCY = 4.0
@@ -22,7 +22,7 @@ _MOST_VECTORS = 4
 _STREAM_CYCLES = 1.43  # of a panel's vector from the second-level cache: 22 of 32 bytes a cycle with AVX2
 _CHUNK_BYTES = 24 << 10  # of a panel: with the rows that it meets it stays in the first-level cache
 _WHOLE = 192  # terms that are one piece: the first layer's 147 in two pieces take 12 % more time, for a second trip of the sums
-_FORK_CYCLES = 12_000  # about 3 us: a fork and join costs a third of that, and more where the threads have gone to sleep
+_FORK_CYCLES = 8_000  # about 2 us: a fork and join costs half of that, and more where the threads have gone to sleep
 
 
 @dataclass(frozen=True)
@@ -154,3 +154,15 @@ def tile_candidates(count: int) -> Iterator[int]:
         size = -(-count // pieces)
     if count:
         yield 1
+
+
+def place_scratch(front: int, threads: int, target: Target) -> tuple[int, int]:
+    """``(front_pitch, scratch_at)``: how far apart the threads' own copies of ``front`` bytes of packed weights lie, 0 where they share one, and where
+    their scratch begins.
+
+    A copy of its own costs each thread the whole packing; half of a shared one (with two threads) would come from the other core's cache, line by line, which
+    takes longer.  As long as it stays in the second-level cache.
+    """
+    if threads == 1 or not 0 < front <= target.l2 // 2:
+        return 0, front
+    return front, threads * front

@@ -179,7 +179,7 @@ class _Builder(Panels):
 
     def scratch(self, task: Task) -> tuple[Value, Value, Value]:
         """A thread's scratch: V or U, M, and strips."""
-        base = task.workspace + task["scratch_at"] + task.thread * task["scratch_size"]
+        base = task.scratch
         return base, base + task["m_at"], base + task["strip_at"]
 
     def reduced(self, f: Function, task: Task, piece: Value) -> tuple[Value, Value]:

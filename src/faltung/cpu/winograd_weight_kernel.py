@@ -149,7 +149,7 @@ class _Builder(Panels):
         return f.to_pointer(f.load(f["context"]))
 
     def scratch(self, task: Task) -> Value:
-        return task.workspace + task["scratch_at"] + task.thread * task["scratch_size"]
+        return task.scratch
 
     def call_input(self, f: Function, task: Task, v: Value, c: Value, channels: Value, first: Value, last: Value) -> None:
         source, strip = task.operand("source") + c * task["source_channel"], self.scratch(task) + task["strip_at"]
