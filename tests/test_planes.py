@@ -62,7 +62,7 @@ def test_planes_on_every_instruction_set(text: str, isa: str) -> None:
 @pytest.mark.parametrize("isa", ("avx512", "avx2"))
 def test_planes_are_chosen_where_weights_would_be_packed_for_one_image(isa: str) -> None:
     with target.use_target(isa):
-        for text in ("forward f32 nchw n1c512h14w14k1024r1s1", "forward f32 nchw n1c512h28w28k1024r1s1 st2", "forward f64 nchw n1c256h14w14k256r3s3 st2 p1"):
+        for text in ("forward f32 nchw n1c512h56w56k128r1s1", "forward f32 nchw n1c512h28w28k1024r1s1 st2", "forward f64 nchw n1c256h14w14k256r3s3 st2 p1"):
             assert dispatch.plan(ConvProblem.parse(text), "cpu", 2).implementation == "planes"
         for text in ("forward f32 nchw n1c3h64w64k16r3s3 st2 p1", "grad_input f32 nchw n1c1024h7w7k512r1s1"):
             refusals = dict(dispatch.decide(ConvProblem.parse(text), "cpu", 2).refusals)

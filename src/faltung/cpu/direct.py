@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import islice
+from itertools import islice, pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +24,7 @@ from .pack import step_kind
 from .plan import CpuPlan
 from .target import Target
 from .tile import PAGE, Tile, align, meets_itself, pitches, row_pitch, weight_strides
-from .tiling import Block, choose_block, least_cycles, piece_length, place_scratch, split_count, tile_candidates, useful_threads
+from .tiling import MOST_VECTORS, Block, choose_block, least_cycles, piece_length, place_scratch, split_count, tile_candidates, useful_threads
 
 __all__ = ["DIRECT", "Direct", "DirectConfig", "choose_config", "elements_apart", "offered_configs", "packs_at_use"]
 
@@ -35,6 +35,8 @@ _PAIR_LATENCY = 9.0  # measured: blocks of 12 sums run at three quarters of the 
 _PIXELS = 1.06  # nhwc: rows are channels there, and cost nothing; the other orientation pays for them, and the balance was right
 _PAIR_PIXELS = 1.15  # vectors over pixels lose this much more than float32's to the trip of the sums through scratch
 _CROWDED, _CROWDED_STORE = 12, 0.65  # so many planes whole pages apart, whose lines meet in one set of the first-level cache: cycles more to store an element
+_PACK, _COME = 0.08, 0.2  # cycles to pack a byte of weights, and to read one that another core packed
+_SPLIT = 80.0  # cycles for each plane of which two threads write parts: the lines between them go back and forth
 _SLACK = 4096
 _PLANE_BYTES = 512 << 10
 _PIXELS_CHUNK = 128
@@ -75,7 +77,8 @@ class Roles:
 
 @dataclass(frozen=True)
 class DirectConfig:
-    """Tile and block sizes of one direct convolution; ``cycles`` is the predicted total of all cores."""
+    """Tile and block sizes of one direct convolution; ``cycles`` is the predicted total of all cores, ``shared`` what of it goes into packing the weights and
+    into lines that two cores need."""
 
     orientation: str
     layout: str
@@ -84,6 +87,7 @@ class DirectConfig:
     chunk: int
     k_blocks: int
     cycles: float
+    shared: float = 0.0
     packed: bool = True
 
     @property
@@ -182,6 +186,14 @@ class _Search:
         crowded = meets_itself(rows_out * columns_out * numeric.memory_bytes) and self.out_channels >= _CROWDED
         self.store = 0.5 if problem.format == "nhwc" else 2.0 + (_CROWDED_STORE * self.lanes if crowded else 0.0)
         """Cycles to store a vector of channels, in nchw by transposition."""
+        weights = packed_bytes * problem.g
+        self.at_use = weights * _PACK
+        """Cycles of all cores to pack the weights, each panel where it is used, and (``packing``) before."""
+        if place_scratch(int(weights), threads, target)[0]:
+            self.packing = threads * weights * _PACK
+        else:
+            self.packing = weights * (_PACK + (threads - 1) * _COME)
+        self.split = _SPLIT * self.out_channels * problem.g if problem.format == "nchw" and problem.n < threads else 0.0
         self.least = 0.0 if orientation == "channels" else least_cycles(target, (self.out_channels,), _PIXELS_CHUNK)
 
     def fits(self, tile_p: int, tile_q: int) -> bool:
@@ -221,10 +233,16 @@ class _Search:
         )
         mean_rows = self.row_count / rows.tiles
         mean = self.reduction / max(1, self.phases)
-        k_blocks = 1
+        k_blocks, single = 1, False
         if self.orientation == "channels":
             costs = {"row_cycles": _PAIR_ROW_CYCLES, "latency": _PAIR_LATENCY} if self.pairs else {"row_cycles": 0.0 if nchw else _ROW_CYCLES}
-            block = choose_block(self.target, columns.counts, self.out_vectors, 192, round_vectors=False, piece=self.chunk, **costs)
+            single = tasks == 1 and not self.pairs
+            sizes = range(1, min(MOST_VECTORS, self.out_vectors) + 1) if single and self.threads > 1 else (MOST_VECTORS,)
+            blocks = [
+                choose_block(self.target, columns.counts, self.out_vectors, 192, round_vectors=False, piece=self.chunk, most_vectors=most, **costs)
+                for most in sizes
+            ]
+            block = min(blocks, key=lambda b: b.cycles * _largest_share(self.out_vectors, b.vectors, self.threads))
             # The block was chosen for the distinct counts of columns; a row of a tile has the mean one.
             per_step = block.cycles * (self.column_count / columns.tiles) / sum(columns.counts) * mean_rows
             store = mean_rows * columns.tile * self.phases * self.out_vectors * self.store
@@ -245,9 +263,24 @@ class _Search:
         if tasks < 2 * self.threads:
             k_blocks = max(k_blocks, min(panels, -(-2 * self.threads // tasks)))
             k_blocks = _even_blocks(tasks, panels, k_blocks, self.threads)
-        task = pack + each / k_blocks + 300.0
-        cycles = math.ceil(tasks * k_blocks / self.threads) * self.threads * task + (_UNEVEN * task if self.threads > 1 and self.plain else 0.0)
-        return DirectConfig(self.orientation, self.layout, (rows.tile, columns.tile), block, self.chunk, k_blocks, cycles)
+        turns = math.ceil(tasks * k_blocks / self.threads)
+        share = turns / k_blocks
+        if single:
+            k_blocks, turns, share = panels, math.ceil(panels / self.threads), _largest_share(self.out_vectors, block.vectors, self.threads)
+        # A thread packs a tile once for all of its blocks of panels that it computes in a row; one that is read in place is read for each of them.
+        packs = turns if self.plain and not single else math.ceil(tasks / self.threads)
+        cycles = (packs * pack + share * each + turns * 300.0) * self.threads
+        cycles += _UNEVEN * (pack + each / k_blocks + 300.0) if self.threads > 1 and self.plain else 0.0
+        shared = self.at_use if single else self.packing + (self.split if tasks > self.problem.n * self.problem.g else 0.0)
+        return DirectConfig(self.orientation, self.layout, (rows.tile, columns.tile), block, self.chunk, k_blocks, cycles + shared, shared)
+
+
+def _largest_share(vectors: int, panel: int, threads: int) -> float:
+    """Of ``vectors`` in panels of ``panel`` and one fewer, the share of the thread that has most of them."""
+    wide, narrow = split_count(vectors, panel)
+    panels = wide + narrow
+    ends = [part * panels // threads for part in range(threads + 1)]
+    return max((b - a) * (panel - 1) + min(b, wide) - min(a, wide) for a, b in pairwise(ends)) / vectors
 
 
 def _even_blocks(tasks: int, panels: int, blocks: int, threads: int) -> int:

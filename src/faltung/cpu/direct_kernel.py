@@ -166,23 +166,28 @@ class TileBuilder:
 
     def compute_stage(self, f: Function, task: Task) -> Callable[[Value], None]:
         scratch = task.scratch
+        packed = f.stack(8)  # the tile that scratch holds: neighbouring tasks share one
+        f.store(f.value(-1), packed)
 
         def body(index: Value) -> None:
             t: dict[str, Value] = {"scratch": scratch, "c": scratch + task["c_at"]}
             t["k_block"], index = index % task["k_blocks"], index // task["k_blocks"]
+            number = index
             t["q0"], index = (index % task["q_tiles"]) * task["tile_q"], index // task["q_tiles"]
             t["p0"], index = (index % task["p_tiles"]) * task["tile_p"], index // task["p_tiles"]
             t["group"], t["image"] = index % task["groups"], index // task["groups"]
             source = task.operand("source") + t["image"] * task["source_image"] + t["group"] * task["source_group"]
-            if self.kernel.layout == "blocked":
-                t["tile"] = scratch
-                self.pack_blocks(f, task, t, source + t["q0"] * task["tile_column"])
-            elif self.pack_tile is None:
+            t["tile"] = scratch
+            if not self.kernel.packed:
                 t["tile"] = source + t["q0"] * task["tile_column"]
             else:
-                t["tile"] = scratch
-                first_column = t["q0"] * task["column_advance"]
-                f.call(self.pack_tile, [f.to_pointer(f.load(f["context"])), source, scratch, t["p0"], first_column, task["source_channels"]])
+                with f.when(f.compare("ne", f.load(packed), number)):
+                    f.store(number, packed)
+                    if self.pack_tile is None:
+                        self.pack_blocks(f, task, t, source + t["q0"] * task["tile_column"])
+                    else:
+                        first_column = t["q0"] * task["column_advance"]
+                        f.call(self.pack_tile, [f.to_pointer(f.load(f["context"])), source, scratch, t["p0"], first_column, task["source_channels"]])
             t["first_panel"] = t["k_block"] * task["block_panels"]
             t["last_panel"] = f.minimum(t["first_panel"] + task["block_panels"], task["panels"])
             t["bias"] = task.workspace + task["bias_at"] + t["group"] * task["bias_group"]

@@ -138,7 +138,8 @@ def _least_ratio(problem: ConvProblem, target: Target) -> float:
 
 
 def _rival(problem: ConvProblem, target: Target, threads: int) -> float:
-    """The cycles that ``direct`` or ``pointwise`` is predicted to take, with the same bits."""
+    """The cycles that ``direct`` or ``pointwise`` is predicted to take, with the same bits, but for what it shares between cores: so :data:`_ADVANTAGE` was
+    measured."""
     if target.vector_bytes not in _ADVANTAGE:
         raise Unsupported("vectors are not of 256 or 512 bits: measured with AVX2 and AVX-512 only")
     if problem.r * problem.s > 1 and problem.stride == (1, 1):
@@ -146,9 +147,9 @@ def _rival(problem: ConvProblem, target: Target, threads: int) -> float:
     sizes = _Sizes(problem, target)
     if problem.n > 1 and sizes.joined and sizes.pixels < _FEW_PIXELS:
         raise Unsupported("several images of few pixels: their blocks would read the weight more often than packed panels are read")
-    if sizes.joined:
-        return choose_config(joined(problem), target, threads, None).cycles  # asked as pointwise asks, so that the search is done once
-    return choose_config(problem, target, threads).cycles
+    # asked as pointwise asks, so that the search is done once
+    config = choose_config(joined(problem), target, threads, None) if sizes.joined else choose_config(problem, target, threads)
+    return config.cycles - config.shared
 
 
 @dataclass(frozen=True)

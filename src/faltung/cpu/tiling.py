@@ -14,11 +14,22 @@ from functools import lru_cache
 from .micro import largest_rows
 from .target import Target
 
-__all__ = ["Block", "choose_block", "least_cycles", "piece_length", "place_scratch", "split", "split_count", "tile_candidates", "useful_threads"]
+__all__ = [
+    "MOST_VECTORS",
+    "Block",
+    "choose_block",
+    "least_cycles",
+    "piece_length",
+    "place_scratch",
+    "split",
+    "split_count",
+    "tile_candidates",
+    "useful_threads",
+]
 
 _CALL_CYCLES = 40.0
 _LATENCY = 4.0
-_MOST_VECTORS = 4
+MOST_VECTORS = 4
 _STREAM_CYCLES = 1.43  # of a panel's vector from the second-level cache: 22 of 32 bytes a cycle with AVX2
 _CHUNK_BYTES = 24 << 10  # of a panel: with the rows that it meets it stays in the first-level cache
 _WHOLE = 192  # terms that are one piece: the first layer's 147 in two pieces take 12 % more time, for a second trip of the sums
@@ -67,7 +78,7 @@ def _step_costs(chunk: int, row_cycles: float, latency: float, near: int) -> dic
         + row_cycles * rows
         + (_CALL_CYCLES + 2.0 * rows * vectors) / chunk
         for rows in range(1, largest_rows(1, 1 << 10, fma=True) + 1)
-        for vectors in range(1, _MOST_VECTORS + 1)
+        for vectors in range(1, MOST_VECTORS + 1)
     }
 
 
@@ -76,13 +87,13 @@ def _row_costs(
     target: Target, row_totals: tuple[int, ...], chunk: int, row_cycles: float, latency: float, piece: int
 ) -> tuple[tuple[tuple[int, float, float], ...], ...]:
     """For 1, 2, ... vectors: each number of rows that splits ``row_totals``, with the cycles of all rows by that many vectors and by one fewer."""
-    cost = _step_costs(chunk, row_cycles, latency, target.l1 * 5 // 8 // (piece * target.vector_bytes) if piece else _MOST_VECTORS)
+    cost = _step_costs(chunk, row_cycles, latency, target.l1 * 5 // 8 // (piece * target.vector_bytes) if piece else MOST_VECTORS)
     pieces: dict[int, list[float]] = {}
     for rows in range(1, largest_rows(1, target.registers, target.fma) + 1):
         counts = [split_count(total, rows) for total in row_totals]
         if all(wide >= 0 for wide, _ in counts):
             pieces[rows] = [
-                sum(wide * cost[rows, v] + (narrow * cost[rows - 1, v] if narrow else 0.0) for wide, narrow in counts) for v in range(1, _MOST_VECTORS + 1)
+                sum(wide * cost[rows, v] + (narrow * cost[rows - 1, v] if narrow else 0.0) for wide, narrow in counts) for v in range(1, MOST_VECTORS + 1)
             ]
     return tuple(
         tuple(
@@ -90,7 +101,7 @@ def _row_costs(
             for rows, cycles in pieces.items()
             if rows <= largest_rows(v, target.registers, target.fma)
         )
-        for v in range(1, _MOST_VECTORS + 1)
+        for v in range(1, MOST_VECTORS + 1)
     )
 
 
@@ -106,16 +117,18 @@ def choose_block(
     latency: float = _LATENCY,
     piece: int = 0,
     least_vectors: int = 1,
+    most_vectors: int = MOST_VECTORS,
 ) -> Block:
     """The block that passes over ``row_totals`` rows (each split into pieces of its own) and ``vector_total`` vectors in the fewest cycles.
 
     ``row_cycles``: what reading a row costs in a step, beside the load; ``latency`` of a multiply-add.  ``round_vectors``: the last piece of vectors
     may run over the end (into scratch), so every count of vectors can be split.  ``piece``: steps of a panel that every block of rows reads
-    again, where vectors are a panel's: as long as they fit, from the first-level cache.  ``least_vectors``: blocks of fewer are not considered.
+    again, where vectors are a panel's: as long as they fit, from the first-level cache.  Blocks of fewer than ``least_vectors`` or more than ``most_vectors``
+    are not considered.
     """
     costs = _row_costs(target, row_totals, chunk, row_cycles, latency, piece)
     least, rows, vectors = math.inf, 0, 0
-    for v in range(least_vectors, min(_MOST_VECTORS, vector_total) + 1):
+    for v in range(least_vectors, min(most_vectors, vector_total) + 1):
         wide, narrow = split_count(vector_total, v)
         if wide < 0:
             if not round_vectors:
