@@ -52,6 +52,7 @@ CASES: dict[str, tuple[str, ...]] = {
         "n1c3h130w3k6r3s3 p1",
         *(f"n2c{size + 2}h1w{size}k19r1s1" for size in (3, 5, 6, 7, 11, 12, 13, 49)),  # rows of pixels of 1x1 layers, in blocks of 4 and 6
         "n1c193h3w17k33r1s1",
+        "n1c18h32w32k33r1s1",  # planes of whole pages
     ),
     "kernels": (
         "n1c3h7w9k4r1s3 p0x1",
