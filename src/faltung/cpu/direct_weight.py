@@ -45,9 +45,7 @@ _BLOCK_BYTES = 320 << 10  # of partial sums that a task works on: they stay in t
 _PANEL_BYTES = 192 << 10
 _IN_PLACE_BYTES = 512  # of a pixel: the pieces of wider ones that a block reads are too far apart to be foreseen
 
-_LINES_OF_PAGES = (
-    192  # pixels of a tile: 64x64x64 to 64 takes 0.76, 256x32x32 to 1024 0.9 of the time that tiles ending in the midst of lines take, 64 to 2 channels 1.1
-)
+_LINES_OF_PAGES = 192  # pixels of a tile: 64x64x64 to 64 takes 0.76 of the time that tiles ending in the midst of lines take, 64 to 2 channels 1.1
 
 
 @dataclass(frozen=True)
